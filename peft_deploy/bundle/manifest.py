@@ -1,0 +1,88 @@
+"""``peft_deploy.json``: what a bundle says about itself."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from peft_deploy.errors import BundleError
+from peft_deploy.signature import GraphSignature
+
+FORMAT_VERSION = 1
+MANIFEST = "peft_deploy.json"
+MODEL = "model.onnx"
+MODEL_DATA = "model.onnx.data"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """The contents of ``peft_deploy.json``.
+
+    Args:
+        format_version: version of this file's form; a reader refuses a newer one.
+        versions: package name → version of everything that took part.
+        model_type: the family.
+        architecture: PaddleNLP's class name.
+        signature: inputs and outputs of the graph.
+        opset: version of the default operator set.
+        precision: ``fp32``, ….
+        base: where the base model came from: ``name``, ``layout`` and ``fingerprint``.
+        adapters: one entry an adapter: ``name``, ``method``, ``mode`` (``merged``), ``rank``, ``scaling``,
+            ``targets`` (module names), ``fingerprint``.
+        files: file name in the bundle → SHA-256 of its contents.
+        graph: node counts by operator and other facts about the graph.
+        parity: the result of the parity check, or None when the bundle was not validated.
+    """
+
+    format_version: int = FORMAT_VERSION
+    versions: dict[str, str]
+    model_type: str
+    architecture: str
+    signature: GraphSignature
+    opset: int
+    precision: str
+    base: dict[str, Any]
+    adapters: list[dict[str, Any]] = field(default_factory=list)
+    files: dict[str, str] = field(default_factory=dict)
+    graph: dict[str, Any] = field(default_factory=dict)
+    parity: dict[str, Any] | None = None
+
+    def to_json(self) -> str:
+        """The text of the file."""
+        data = asdict(self)
+        data["signature"] = self.signature.to_dict()
+        return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """The manifest of the bundle in ``folder``.
+
+        Raises:
+            BundleError: there is none, it is not readable, or it is of a newer version.
+        """
+        path = folder / MANIFEST
+        try:
+            data = json.loads(path.read_text("utf-8"))
+        except FileNotFoundError:
+            raise BundleError(
+                f"{folder} is not a bundle: it has no {MANIFEST}",
+                hint="make one with: peft-deploy export --base … --adapter … --merge --output DIR",
+            ) from None
+        except (OSError, ValueError) as exc:
+            raise BundleError(f"{path} cannot be read: {exc}") from exc
+        try:
+            version = data["format_version"]
+            if version > FORMAT_VERSION:
+                raise BundleError(
+                    f"{path} has format_version {version}; this release reads up to {FORMAT_VERSION}",
+                    hint="update peft-deploy",
+                )
+            data["signature"] = GraphSignature.from_dict(data["signature"])
+            unknown = set(data) - {f.name for f in fields(cls)}
+            if unknown:
+                raise BundleError(f"{path} has unknown entries: {', '.join(sorted(unknown))}")
+            return cls(**data)
+        except (KeyError, TypeError) as exc:
+            raise BundleError(f"{path} is incomplete: {exc}") from exc

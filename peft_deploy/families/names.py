@@ -1,0 +1,71 @@
+"""Tensor names of Hugging Face checkpoints and of PaddleNLP, as data."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class NameRule:
+    """One pair of names; ``{i}`` stands for a layer's index.
+
+    Args:
+        paddle: PaddleNLP's parameter name.
+        huggingface: the name in a Hugging Face checkpoint.
+        transpose: torch's linear layers keep ``[out, in]``, Paddle's ``[in, out]``.
+    """
+
+    paddle: str
+    huggingface: str
+    transpose: bool = False
+
+
+@dataclass(frozen=True)
+class MappedName:
+    """A name on the other side, and whether the matrix has to be transposed on the way."""
+
+    name: str
+    transpose: bool
+
+
+class NameMap:
+    """A bijection between the two naming schemes.
+
+    Args:
+        rules: the pairs.
+        ignored: regular expressions of Hugging Face tensors that carry no weight (stored tables).
+    """
+
+    def __init__(self, rules: Iterable[NameRule], ignored: Iterable[str] = ()) -> None:
+        self.rules = tuple(rules)
+        self._ignored = [re.compile(pattern) for pattern in ignored]
+        self._from_hf = [(_pattern(r.huggingface), r.paddle, r.transpose) for r in self.rules]
+        self._from_paddle = [(_pattern(r.paddle), r.huggingface, r.transpose) for r in self.rules]
+
+    def to_paddle(self, huggingface: str) -> MappedName | None:
+        """PaddleNLP's name of a Hugging Face tensor; None for a name that is not in the map."""
+        return _map(self._from_hf, huggingface)
+
+    def to_huggingface(self, paddle: str) -> MappedName | None:
+        """Hugging Face's name of a PaddleNLP parameter; None for a name that is not in the map."""
+        return _map(self._from_paddle, paddle)
+
+    def ignores(self, huggingface: str) -> bool:
+        """Whether the tensor carries no weight and may be left out."""
+        return any(pattern.fullmatch(huggingface) for pattern in self._ignored)
+
+
+def _pattern(template: str) -> re.Pattern[str]:
+    return re.compile(re.escape(template).replace(re.escape("{i}"), r"(\d+)"))
+
+
+def _map(
+    table: list[tuple[re.Pattern[str], str, bool]], name: str
+) -> MappedName | None:
+    for pattern, template, transpose in table:
+        if match := pattern.fullmatch(name):
+            index = match.group(1) if match.groups() else ""
+            return MappedName(template.replace("{i}", index), transpose)
+    return None

@@ -1,0 +1,49 @@
+"""Which family a model belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from peft_deploy.errors import UnsupportedModelError, nearest
+from peft_deploy.families.family import DecoderFamily
+
+_BY_ARCHITECTURE: dict[str, DecoderFamily] = {}
+
+
+def register(cls: type[DecoderFamily]) -> type[DecoderFamily]:
+    """Class decorator: makes the family known under each of its architecture names."""
+    family = cls()
+    for name in cls.architectures:
+        if name in _BY_ARCHITECTURE:
+            raise ValueError(f"two families claim the architecture {name}")
+        _BY_ARCHITECTURE[name] = family
+    return cls
+
+
+def known_architectures() -> list[str]:
+    """The architecture names that some family claims, sorted."""
+    return sorted(_BY_ARCHITECTURE)
+
+
+def find_family(config: Mapping[str, Any]) -> DecoderFamily:
+    """The family that claims a config.json.
+
+    Raises:
+        UnsupportedModelError: none does; the message names the known architectures.
+    """
+    named = config.get("architectures") or []
+    for name in named:
+        if name in _BY_ARCHITECTURE:
+            return _BY_ARCHITECTURE[name]
+    if not named:
+        for family in _BY_ARCHITECTURE.values():
+            if family.model_type == config.get("model_type"):
+                return family
+    asked = ", ".join(named) or f"model_type {config.get('model_type')!r}"
+    close = nearest(named[0] if named else "", _BY_ARCHITECTURE)
+    raise UnsupportedModelError(
+        f"no model family is registered for {asked}; "
+        f"the known architectures are {', '.join(known_architectures())}",
+        hint=f"the closest is {close[0]}" if close else None,
+    )

@@ -1,0 +1,131 @@
+"""Names, order, dtypes and symbolic dimensions of a graph's inputs and outputs.
+
+The only module that spells these names. Tracing, conversion, bundle, runtime and parity all take them from here,
+so that a graph, its ``genai_config.json`` and the loop that feeds it cannot disagree.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+INPUT_IDS = "input_ids"
+ATTENTION_MASK = "attention_mask"
+POSITION_IDS = "position_ids"
+LOGITS = "logits"
+
+BATCH = "batch"
+SEQUENCE = "sequence"  # new tokens of this call
+PAST = "past"  # tokens in the cache, a prefix included
+TOTAL = "past+sequence"  # what the attention mask covers
+
+# "%d" is the layer's index: the form that onnxruntime-genai's configuration wants.
+PAST_KEY_TEMPLATE = "past_key_values.%d.key"
+PAST_VALUE_TEMPLATE = "past_key_values.%d.value"
+PRESENT_KEY_TEMPLATE = "present.%d.key"
+PRESENT_VALUE_TEMPLATE = "present.%d.value"
+
+
+def past_names(num_layers: int) -> list[str]:
+    """Cache inputs in graph order: key and value of layer 0, of layer 1, …"""
+    return [t % i for i in range(num_layers) for t in (PAST_KEY_TEMPLATE, PAST_VALUE_TEMPLATE)]
+
+
+def present_names(num_layers: int) -> list[str]:
+    """Cache outputs in graph order, matching :func:`past_names`."""
+    return [
+        t % i for i in range(num_layers) for t in (PRESENT_KEY_TEMPLATE, PRESENT_VALUE_TEMPLATE)
+    ]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output.
+
+    Args:
+        name: the name in the graph.
+        dtype: numpy's name of the element type (``"int64"``, ``"float32"``, ``"bfloat16"``).
+        dims: an int for a static dimension, a string for a symbolic one.
+    """
+
+    name: str
+    dtype: str
+    dims: tuple[int | str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready form of the specification."""
+        return {"name": self.name, "dtype": self.dtype, "dims": list(self.dims)}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> TensorSpec:
+        """The inverse of :meth:`to_dict`."""
+        return cls(data["name"], data["dtype"], tuple(data["dims"]))
+
+
+@dataclass(frozen=True)
+class GraphSignature:
+    """All inputs and outputs of a graph, in order."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    @property
+    def input_names(self) -> list[str]:
+        """Names of the inputs in graph order."""
+        return [spec.name for spec in self.inputs]
+
+    @property
+    def output_names(self) -> list[str]:
+        """Names of the outputs in graph order."""
+        return [spec.name for spec in self.outputs]
+
+    @property
+    def past(self) -> tuple[TensorSpec, ...]:
+        """The cache inputs, key and value per layer; empty for a model without a cache."""
+        names = set(past_names(len(self.inputs)))
+        return tuple(spec for spec in self.inputs if spec.name in names)
+
+    @property
+    def num_layers(self) -> int:
+        """Layers that have a cache."""
+        return len(self.past) // 2
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready form of the signature."""
+        return {
+            "inputs": [spec.to_dict() for spec in self.inputs],
+            "outputs": [spec.to_dict() for spec in self.outputs],
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> GraphSignature:
+        """The inverse of :meth:`to_dict`."""
+        return cls(
+            tuple(TensorSpec.from_dict(spec) for spec in data["inputs"]),
+            tuple(TensorSpec.from_dict(spec) for spec in data["outputs"]),
+        )
+
+
+def causal_lm_signature(
+    *, num_layers: int, num_kv_heads: int, head_dim: int, vocab_size: int, dtype: str = "float32"
+) -> GraphSignature:
+    """The signature of a decoder-only model.
+
+    Inputs ``input_ids`` [batch, sequence], ``attention_mask`` [batch, past+sequence] (1 = attend),
+    ``position_ids`` [batch, sequence], all int64, and the cache [batch, kv_heads, past, head_dim];
+    outputs ``logits`` [batch, sequence, vocab] and the grown cache [batch, kv_heads, past+sequence, head_dim].
+    """
+    past = (BATCH, num_kv_heads, PAST, head_dim)
+    present = (BATCH, num_kv_heads, TOTAL, head_dim)
+    return GraphSignature(
+        inputs=(
+            TensorSpec(INPUT_IDS, "int64", (BATCH, SEQUENCE)),
+            TensorSpec(ATTENTION_MASK, "int64", (BATCH, TOTAL)),
+            TensorSpec(POSITION_IDS, "int64", (BATCH, SEQUENCE)),
+            *(TensorSpec(name, dtype, past) for name in past_names(num_layers)),
+        ),
+        outputs=(
+            TensorSpec(LOGITS, dtype, (BATCH, SEQUENCE, vocab_size)),
+            *(TensorSpec(name, dtype, present) for name in present_names(num_layers)),
+        ),
+    )
