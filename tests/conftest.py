@@ -1,0 +1,67 @@
+"""Models that tests share.
+
+``tiny_llama``        a folder with the tiny Llama of models/tiny-llama (Hugging Face layout, float32, untied, with a
+                      tokenizer), made once a session; do not write into it.
+``make_tiny_llama``   makes others: ``make_tiny_llama(layout="paddlenlp", container="sharded-pdparams",
+                      dtype="bfloat16", tied=True, seed=1, num_hidden_layers=3, …)`` returns a fresh folder.
+``tiny_llama_module`` the maker itself: ``.weights(config, seed)`` are the tensors in float32 under Hugging Face's
+                      names, ``.config_of(**sizes)`` the configuration, ``.vocabulary()`` the tokens.
+``smollm2``           the folder of SmolLM2-135M-Instruct; the recipe makes it when it is missing. Mark tests that use
+                      it ``slow``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+MODELS = Path(__file__).resolve().parents[1] / "models"
+
+
+def load_recipe(name: str) -> ModuleType:
+    """The module models/NAME/make.py, whose folder name need not be an identifier."""
+    path = MODELS / name / "make.py"
+    spec = importlib.util.spec_from_file_location(f"make_{name.replace('-', '_')}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_module() -> ModuleType:
+    return load_recipe("tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def make_tiny_llama(
+    tiny_llama_module: ModuleType, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    def make(**options: object) -> Path:
+        folder = tmp_path_factory.mktemp("tiny-llama")
+        made: Path = tiny_llama_module.make(folder, **options)
+        return made
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(make_tiny_llama: Callable[..., Path]) -> Path:
+    return make_tiny_llama()
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    recipe = load_recipe("smollm2-135m")
+    try:
+        folder: Path = recipe.make()
+    except recipe.RecipeError as exc:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(f"the real model cannot be made here: {exc}")
+    return folder
