@@ -1,13 +1,17 @@
 """Models that tests share.
 
-``tiny_llama``        a folder with the tiny Llama of models/tiny-llama (Hugging Face layout, float32, untied, with a
-                      tokenizer), made once a session; do not write into it.
-``make_tiny_llama``   makes others: ``make_tiny_llama(layout="paddlenlp", container="sharded-pdparams",
-                      dtype="bfloat16", tied=True, seed=1, num_hidden_layers=3, …)`` returns a fresh folder.
-``tiny_llama_module`` the maker itself: ``.weights(config, seed)`` are the tensors in float32 under Hugging Face's
-                      names, ``.config_of(**sizes)`` the configuration, ``.vocabulary()`` the tokens.
-``smollm2``           the folder of SmolLM2-135M-Instruct; the recipe makes it when it is missing. Mark tests that use
-                      it ``slow``.
+``tiny_llama``
+    A folder with the tiny Llama of models/tiny-llama (Hugging Face layout, float32, untied, with a
+    tokenizer), made once a session; do not write into it.
+``make_tiny_llama``
+    Makes others in a fresh folder: ``make_tiny_llama(layout="paddlenlp", tied=True, seed=1,
+    container="sharded-pdparams", dtype="bfloat16", num_hidden_layers=3, …)``.
+``tiny_llama_module``
+    The maker itself: ``.weights(config, seed)`` are the tensors in float32 under Hugging Face's
+    names, ``.config_of(**sizes)`` the configuration, ``.vocabulary()`` the tokens.
+``smollm2``
+    The folder of SmolLM2-135M-Instruct; its recipe makes it when it is missing. Mark tests that
+    use it ``slow``.
 """
 
 from __future__ import annotations

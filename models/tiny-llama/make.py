@@ -1,12 +1,14 @@
 """Makes small Llama checkpoints with random weights, in each form that a base model comes in.
 
-``config.json`` beside this file has the sizes: two layers, six heads over two key/value heads, nothing a power of two
-that does not have to be. A seed decides the weights, and they are the same whatever the form they are written in::
+``config.json`` beside this file has the sizes: two layers, six heads over two key/value heads,
+nothing a power of two that does not have to be. A seed decides the weights, and they are the same
+whatever the form they are written in::
 
-    python models/tiny-llama/make.py DIR --layout paddlenlp --container sharded-pdparams --dtype bfloat16
+    python models/tiny-llama/make.py DIR --layout paddlenlp --container sharded-pdparams
 
-The weights are large enough for attention to be far from uniform and for logits to differ by several units, so that a
-tensor that is missing, transposed or swapped for another shows in the results.
+The weights are large enough for attention to be far from uniform and for logits to differ by
+several units, so that a tensor that is missing, transposed or swapped for another shows in the
+results.
 """
 
 from __future__ import annotations
@@ -36,10 +38,10 @@ DTYPES = {
 
 SPECIALS = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 # Byte-level BPE writes a space as Ġ and a line feed as Ċ.
-MERGES = (
-    "Ġ t|h e|Ġ a|i n|r e|o n|Ġt he|e r|Ġ s|a t|Ġ w|Ġ o|e n|i s|o r|a n|Ġ c|e s|Ġ b|Ġ f|i t|"
-    "Ġ in|Ġ m|Ġ p|a l|l l|in g|o u|a r|Ġa n|e d"
-).split("|")
+MERGES = """
+    Ġ t|h e|Ġ a|i n|r e|o n|Ġt he|e r|Ġ s|a t|Ġ w|Ġ o|e n|i s|o r|a n|Ġ c|e s|Ġ b|Ġ f|i t|
+    Ġ in|Ġ m|Ġ p|a l|l l|in g|o u|a r|Ġa n|e d
+"""
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ bos_token + message['role'] + '\\n' + message['content']"
     " + eos_token + '\\n' }}{% endfor %}"
@@ -65,7 +67,7 @@ def make(
 
     Args:
         folder: where to; made when missing, files of the same name are overwritten.
-        layout: ``huggingface`` (linear weights [out, in]) or ``paddlenlp`` ([in, out], other names).
+        layout: ``huggingface`` (linear weights [out, in]) or ``paddlenlp`` ([in, out]).
         container: one of :data:`CONTAINERS`; ``pdparams`` needs Paddle.
         dtype: of the stored weights; they are drawn in float32 and rounded once.
         tied: the output layer shares the embedding; then no ``lm_head`` is stored.
@@ -199,9 +201,8 @@ def _save_pdparams(path: Path, tensors: Mapping[str, Array]) -> None:
     import paddle
 
     def tensor(array: Array) -> Any:
-        if (
-            array.dtype == DTYPES["bfloat16"]
-        ):  # paddle takes no bfloat16 from numpy; widening is exact
+        if array.dtype == DTYPES["bfloat16"]:
+            # Paddle takes no bfloat16 from numpy; the way over float32 is exact.
             return paddle.to_tensor(array.astype(np.float32)).astype("bfloat16")
         return paddle.to_tensor(array)
 
@@ -223,10 +224,15 @@ def _through_temporary(path: Path, write: Callable[[Path], Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def merges() -> list[str]:
+    """The merges of the byte-level BPE, most important first."""
+    return [pair.strip() for pair in MERGES.split("|")]
+
+
 def vocabulary() -> list[str]:
     """The tokens in the order of their ids: specials, line feed, printable ASCII, merges."""
     printable = ["Ġ" if c == 32 else chr(c) for c in range(32, 127)]
-    return [*SPECIALS.values(), "Ċ", *printable, *(m.replace(" ", "") for m in MERGES)]
+    return [*SPECIALS.values(), "Ċ", *printable, *(m.replace(" ", "") for m in merges())]
 
 
 def _tokenizer_files(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -248,7 +254,7 @@ def _tokenizer_files(config: Mapping[str, Any]) -> dict[str, Any]:
             "type": "BPE",
             "unk_token": SPECIALS["unk_token"],
             "vocab": {token: i for i, token in enumerate(tokens)},
-            "merges": MERGES,
+            "merges": merges(),
         },
     }
     ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
