@@ -1,1 +1,19 @@
-"""TBD."""
+"""The options of adapters and jobs: validated dataclasses with a JSON form on disk, and the
+matching of patterns.
+
+Owns every option's name, default and check. Imports nothing but the error tree: neither Paddle nor
+any other package of this distribution.
+"""
+
+from peft_deploy.config.errors import LoRAConfigError, LoRAConfigTypeError
+from peft_deploy.config.lora import LORA_CONFIG_NAME, LoRAConfig
+from peft_deploy.config.matching import match_pattern, match_patterns
+
+__all__ = [
+    "LORA_CONFIG_NAME",
+    "LoRAConfig",
+    "LoRAConfigError",
+    "LoRAConfigTypeError",
+    "match_pattern",
+    "match_patterns",
+]
