@@ -1,1 +1,40 @@
-"""TBD."""
+"""Runs a bundle: ONNX Runtime behind one interface, sampling, generation with the cache.
+
+Needs numpy and, once a model is opened, onnxruntime. Must not import Paddle, nor anything that
+does; the modules above it that touch Paddle are adapters, training and trace.
+"""
+
+from __future__ import annotations
+
+from peft_deploy.runtime.caching import ArrayCaching, Cache, CachingRunner, caching, initial_cache
+from peft_deploy.runtime.external_data import check_external_data
+from peft_deploy.runtime.feeds import check_feeds
+from peft_deploy.runtime.generation import (
+    Generation,
+    GenerationOptions,
+    GenerationRun,
+    NewToken,
+    generate,
+)
+from peft_deploy.runtime.onnx_runner import OnnxRunner
+from peft_deploy.runtime.runner import Runner
+from peft_deploy.runtime.sampling import Sampling, choose
+
+__all__ = [
+    "ArrayCaching",
+    "Cache",
+    "CachingRunner",
+    "Generation",
+    "GenerationOptions",
+    "GenerationRun",
+    "NewToken",
+    "OnnxRunner",
+    "Runner",
+    "Sampling",
+    "caching",
+    "check_external_data",
+    "check_feeds",
+    "choose",
+    "generate",
+    "initial_cache",
+]

@@ -1,0 +1,97 @@
+"""Whether a set of inputs fits a signature, checked before a runtime gets to see it.
+
+A runtime's own message about a wrong shape names a node deep inside the graph, and some mistakes
+(a negative token id) it does not notice at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from peft_deploy.errors import ExecutionError, listed
+from peft_deploy.runtime.runner import Array
+from peft_deploy.signature import INPUT_IDS, POSITION_IDS, GraphSignature, TensorSpec
+
+_INDICES = (INPUT_IDS, POSITION_IDS)  # a Gather takes a negative index as counted from the end
+
+
+def check_feeds(signature: GraphSignature, feeds: Mapping[str, Array]) -> None:
+    """Passes when the feeds are what the signature asks for.
+
+    Raises:
+        ExecutionError: a missing or unexpected name, a wrong dtype or rank, a dimension that is
+            not the static one or not the same for every input that shares its symbol, or a
+            negative index.
+    """
+    _check_names(signature, feeds)
+    sizes: dict[str, tuple[int, str]] = {}  # symbol → size, input that fixed it
+    for spec in signature.inputs:
+        array = feeds[spec.name]
+        _check_form(spec, array)
+        for axis, dim in enumerate(spec.dims):
+            if isinstance(dim, str) and "+" not in dim:
+                size, source = sizes.setdefault(dim, (array.shape[axis], spec.name))
+                if size != array.shape[axis]:
+                    raise ExecutionError(
+                        f"input {spec.name} has {dim} = {array.shape[axis]} (shape "
+                        f"{list(array.shape)}); "
+                        f"{source} has {dim} = {size}"
+                    )
+    for spec in signature.inputs:
+        _check_sums(spec, feeds[spec.name], sizes)
+    for name in _INDICES:
+        if name in feeds and feeds[name].size and int(feeds[name].min()) < 0:
+            raise ExecutionError(
+                f"input {name} holds the negative value {int(feeds[name].min())}; it counts from 0"
+            )
+
+
+def _check_names(signature: GraphSignature, feeds: Mapping[str, Array]) -> None:
+    missing = set(signature.input_names) - set(feeds)
+    unexpected = set(feeds) - set(signature.input_names)
+    if missing:
+        raise ExecutionError(f"inputs are missing:\n{listed(missing)}")
+    if unexpected:
+        raise ExecutionError(
+            f"the graph has no such inputs:\n{listed(unexpected)}\n"
+            f"its inputs are:\n{listed(signature.input_names)}"
+        )
+
+
+def _check_form(spec: TensorSpec, array: Array) -> None:
+    if array.dtype.name != spec.dtype:
+        raise ExecutionError(f"input {spec.name} is {array.dtype.name}; it must be {spec.dtype}")
+    if array.ndim != len(spec.dims):
+        raise ExecutionError(
+            f"input {spec.name} has {array.ndim} dimensions (shape {list(array.shape)}); "
+            f"it must have {len(spec.dims)}: {_dims(spec)}"
+        )
+    for axis, dim in enumerate(spec.dims):
+        if isinstance(dim, int) and array.shape[axis] != dim:
+            raise ExecutionError(
+                f"input {spec.name} has shape {list(array.shape)}; dimension {axis} must be "
+                f"{dim}: "
+                f"{_dims(spec)}"
+            )
+
+
+def _check_sums(spec: TensorSpec, array: Array, sizes: Mapping[str, tuple[int, str]]) -> None:
+    """Dimensions such as ``past+sequence``, as far as their terms are known."""
+    for axis, dim in enumerate(spec.dims):
+        if not isinstance(dim, str) or "+" not in dim:
+            continue
+        terms = [term.strip() for term in dim.split("+")]
+        if not all(term.isdigit() or term in sizes for term in terms):
+            continue
+        total = sum(int(term) if term.isdigit() else sizes[term][0] for term in terms)
+        if array.shape[axis] != total:
+            reasons = [f"{t} = {sizes[t][0]} in {sizes[t][1]}" for t in terms if t in sizes]
+            raise ExecutionError(
+                f"input {spec.name} has shape {list(array.shape)}; dimension {axis} is {dim} and "
+                f"must be {total} "
+                f"({', '.join(reasons)})"
+            )
+
+
+def _dims(spec: TensorSpec) -> str:
+    return "[" + ", ".join(str(dim) for dim in spec.dims) + "]"

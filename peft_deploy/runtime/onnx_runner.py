@@ -1,0 +1,234 @@
+"""ONNX Runtime behind the :class:`~peft_deploy.runtime.runner.Runner` interface."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from peft_deploy.bundle.manifest import MANIFEST, MODEL, Manifest
+from peft_deploy.environment import debugging, require_onnxruntime
+from peft_deploy.errors import BundleError, ConfigError, ExecutionError, listed
+from peft_deploy.runtime._ort_values import numpy_name, to_numpy, to_ort
+from peft_deploy.runtime.caching import Cache
+from peft_deploy.runtime.external_data import check_external_data
+from peft_deploy.runtime.feeds import check_feeds
+from peft_deploy.runtime.runner import Array
+from peft_deploy.signature import LOGITS, GraphSignature, TensorSpec, present_names
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
+Provider = Literal["cpu", "cuda"]
+PROVIDERS: dict[str, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+_QUIET = 4  # only what ends the process; errors arrive as exceptions with the same words
+_WARNINGS = 2
+
+
+class OnnxRunner:
+    """Runs an ONNX model, and keeps the cache on the device between the steps of a generation.
+
+    Args:
+        model: a bundle's folder, or an ``.onnx`` file.
+        signature: what the graph's inputs and outputs must be; by default the manifest's, and for
+            a lone file what the file itself declares.
+        provider: ``"cpu"`` or ``"cuda"``.
+        threads: threads within one operator; None leaves it to onnxruntime (all cores).
+
+    Raises:
+        MissingExtraError: onnxruntime is not installed.
+        BundleError: there is no model, its weights lie outside its folder, or it is not what the
+            signature says.
+        ExecutionError: the provider is not available, or onnxruntime refuses the model.
+        ConfigError: an unknown provider, or a number of threads below 1.
+    """
+
+    def __init__(
+        self,
+        model: Path | str,
+        signature: GraphSignature | None = None,
+        *,
+        provider: str = "cpu",
+        threads: int | None = None,
+    ) -> None:
+        path = Path(model)
+        if path.is_dir():
+            if signature is None and (path / MANIFEST).is_file():
+                signature = Manifest.read(path).signature
+            path = path / MODEL
+        if not path.is_file():
+            raise BundleError(f"there is no model at {path}")
+        self.path = path
+        self.provider = provider
+        self._session = _open(path, provider, threads)
+        declared = _declared_signature(self._session)
+        if signature is not None:
+            _check_signature(path, signature, declared)
+        self._signature = signature or declared
+        self._past = [spec.name for spec in self._signature.past]
+        self._present = present_names(self._signature.num_layers)
+
+    @property
+    def signature(self) -> GraphSignature:
+        """Inputs and outputs of the graph."""
+        return self._signature
+
+    def run(
+        self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None
+    ) -> dict[str, Array]:
+        """The named outputs (all when None), for a full set of inputs.
+
+        Raises:
+            ExecutionError: the inputs do not fit the signature, there is no such output, or
+                onnxruntime failed.
+        """
+        known = self._signature.output_names
+        names = known if outputs is None else list(outputs)
+        if unknown := set(names) - set(known):
+            raise ExecutionError(
+                f"the graph has no such outputs:\n{listed(unknown)}\nits outputs "
+                f"are:\n{listed(known)}"
+            )
+        check_feeds(self._signature, feeds)
+        values = {name: to_ort(array, "cpu") for name, array in feeds.items()}
+        results = self._run(values, dict.fromkeys(names, "cpu"))
+        return {name: to_numpy(value) for name, value in results.items()}
+
+    def load_cache(self, arrays: Sequence[Array]) -> Cache:
+        """The arrays as a cache on the runner's device.
+
+        Args:
+            arrays: [B, K, P, D] each, in signature order.
+        """
+        values = tuple(to_ort(array, self.provider) for array in arrays)
+        return Cache(values, arrays[0].shape[2])
+
+    def step(self, feeds: Mapping[str, Array], cache: Cache) -> tuple[Array, Cache]:
+        """Logits [B, S, V] of the new tokens, and the cache grown by them; the cache is not
+        copied.
+
+        Raises:
+            ExecutionError: onnxruntime failed.
+        """
+        values = {name: to_ort(array, "cpu") for name, array in feeds.items()}
+        values.update(zip(self._past, cache.values, strict=True))
+        places = {LOGITS: "cpu", **dict.fromkeys(self._present, self.provider)}
+        results = self._run(values, places)
+        logits = to_numpy(results.pop(LOGITS))
+        present = tuple(results[name] for name in self._present)
+        return logits, Cache(present, present[0].shape()[2])
+
+    def _run(
+        self, values: Mapping[str, ort.OrtValue], places: Mapping[str, str]
+    ) -> dict[str, ort.OrtValue]:
+        """Outputs by name, each on the device that ``places`` gives it."""
+        import onnxruntime as ort
+
+        options = ort.RunOptions()
+        options.log_severity_level = _WARNINGS if debugging() else _QUIET
+        binding = self._session.io_binding()
+        try:
+            for name, value in values.items():
+                binding.bind_ortvalue_input(name, value)
+            for name, device in places.items():
+                binding.bind_output(name, device)
+            self._session.run_with_iobinding(binding, options)
+            return dict(zip(places, binding.get_outputs(), strict=True))
+        except Exception as exc:  # onnxruntime's errors have no common base of their own
+            raise ExecutionError(
+                f"onnxruntime could not run {self.path.name}: {_reason(exc)}"
+            ) from exc
+
+
+def _open(path: Path, provider: str, threads: int | None) -> ort.InferenceSession:
+    if provider not in PROVIDERS:
+        raise ConfigError(f"provider {provider!r} is unknown; it can be {' or '.join(PROVIDERS)}")
+    if threads is not None and threads < 1:
+        raise ConfigError(f"{threads} threads cannot run a model; at least 1 is needed")
+    require_onnxruntime()
+    check_external_data(path)
+    import onnxruntime as ort
+
+    wanted = PROVIDERS[provider]
+    _require_provider(wanted, ort.get_available_providers())
+    options = ort.SessionOptions()
+    options.log_severity_level = _WARNINGS if debugging() else _QUIET
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    if provider == "cuda":
+        ort.preload_dlls()  # CUDA's libraries may come from pip
+    try:
+        session = ort.InferenceSession(str(path), options, providers=[wanted])
+    except Exception as exc:  # onnxruntime's errors have no common base of their own
+        raise ExecutionError(f"onnxruntime cannot load {path}: {_reason(exc)}") from exc
+    _require_provider(wanted, session.get_providers(), started=True)
+    return session
+
+
+def _require_provider(wanted: str, present: Sequence[str], *, started: bool = False) -> None:
+    if wanted in present:
+        return
+    if started:
+        what = "did not start"
+        hint = (
+            "see that the NVIDIA driver, CUDA and cuDNN are those that this onnxruntime-gpu "
+            "wants; "
+            "--debug shows its log"
+        )
+    else:
+        what = "is not available"
+        hint = (
+            "CUDA needs the package onnxruntime-gpu instead of onnxruntime: "
+            "pip uninstall onnxruntime, then pip install 'peft-deploy[gpu]'"
+        )
+    raise ExecutionError(
+        f"{wanted} {what} in this process; there is: {', '.join(present)}", hint=hint
+    )
+
+
+def _declared_signature(session: ort.InferenceSession) -> GraphSignature:
+    return GraphSignature(
+        tuple(_declared(node, "input") for node in session.get_inputs()),
+        tuple(_declared(node, "output") for node in session.get_outputs()),
+    )
+
+
+def _declared(node: Any, kind: str) -> TensorSpec:
+    dims = tuple(
+        dim if isinstance(dim, int) else (dim or f"{node.name}.{axis}")
+        for axis, dim in enumerate(node.shape)
+    )
+    return TensorSpec(node.name, numpy_name(node.type, f"{kind} {node.name}"), dims)
+
+
+def _check_signature(path: Path, promised: GraphSignature, declared: GraphSignature) -> None:
+    for kind, ours, theirs in (
+        ("input", promised.inputs, declared.inputs),
+        ("output", promised.outputs, declared.outputs),
+    ):
+        found = {spec.name: spec for spec in theirs}
+        if odd := {spec.name for spec in ours} ^ set(found):
+            raise BundleError(f"{path} and its manifest differ in these {kind}s:\n{listed(odd)}")
+        for spec in ours:
+            if not _agree(spec, found[spec.name]):
+                raise BundleError(
+                    f"{kind} {spec.name} of {path} is {found[spec.name].dtype} "
+                    f"{list(found[spec.name].dims)}; "
+                    f"its manifest says {spec.dtype} {list(spec.dims)}"
+                )
+
+
+def _agree(ours: TensorSpec, theirs: TensorSpec) -> bool:
+    static = zip(ours.dims, theirs.dims, strict=False)
+    return (
+        ours.dtype == theirs.dtype
+        and len(ours.dims) == len(theirs.dims)
+        and not any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in static)
+    )
+
+
+def _reason(exc: Exception) -> str:
+    """Onnxruntime's message without its prefix of codes."""
+    text = str(exc).strip()
+    return text.split(" : ", 3)[-1] if text.startswith("[ONNXRuntimeError]") else text
