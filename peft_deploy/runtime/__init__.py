@@ -16,9 +16,11 @@ from peft_deploy.runtime.generation import (
     NewToken,
     generate,
 )
+from peft_deploy.runtime.loaded import LoadedBundle, load_bundle
 from peft_deploy.runtime.onnx_runner import OnnxRunner
 from peft_deploy.runtime.runner import Runner
 from peft_deploy.runtime.sampling import Sampling, choose
+from peft_deploy.runtime.text_generation import TextPiece, TextRun, encode_prompts
 
 __all__ = [
     "ArrayCaching",
@@ -27,14 +29,19 @@ __all__ = [
     "Generation",
     "GenerationOptions",
     "GenerationRun",
+    "LoadedBundle",
     "NewToken",
     "OnnxRunner",
     "Runner",
     "Sampling",
+    "TextPiece",
+    "TextRun",
     "caching",
     "check_external_data",
     "check_feeds",
     "choose",
+    "encode_prompts",
     "generate",
     "initial_cache",
+    "load_bundle",
 ]

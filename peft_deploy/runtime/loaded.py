@@ -1,0 +1,209 @@
+"""A bundle opened for use: its runner, its tokenizer, and text from prompts."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, overload
+
+from peft_deploy.bundle.manifest import Manifest
+from peft_deploy.errors import BundleError, CheckpointError, ConfigError, listed
+from peft_deploy.runtime.generation import Generation, GenerationOptions
+from peft_deploy.runtime.onnx_runner import OnnxRunner
+from peft_deploy.runtime.runner import Array
+from peft_deploy.runtime.sampling import Sampling
+from peft_deploy.runtime.text_generation import TextRun, encode_prompts
+from peft_deploy.text.padding import Side
+from peft_deploy.text.special_tokens import MODEL_CONFIG, read_json
+from peft_deploy.text.tokenizer import TOKENIZER, Tokenizer
+
+_CONTEXT_KEYS = ("max_position_embeddings", "seq_length", "n_positions", "max_sequence_length")
+_CHUNK = 1 << 22  # bytes hashed at a time
+
+
+class LoadedBundle:
+    """A bundle in memory; made by :func:`load_bundle`.
+
+    Args:
+        folder: where it lies.
+        manifest: what it says about itself.
+        runner: its graph under ONNX Runtime.
+        tokenizer: None when the bundle was made from a model without ``tokenizer.json``.
+        context_length: the most tokens that the model can see; None when its configuration does
+            not say.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        runner: OnnxRunner,
+        tokenizer: Tokenizer | None,
+        context_length: int | None,
+    ) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self.runner = runner
+        self.context_length = context_length
+        self._tokenizer = tokenizer
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The bundle's tokenizer.
+
+        Raises:
+            BundleError: the bundle has none.
+        """
+        if self._tokenizer is None:
+            raise BundleError(
+                f"{self.folder} has no {TOKENIZER}, so it takes token ids and no text",
+                hint=f"put the model's {TOKENIZER} beside the base model and export again",
+            )
+        return self._tokenizer
+
+    @overload
+    def generate(self, prompts: str, **options: Any) -> Generation: ...
+
+    @overload
+    def generate(self, prompts: Sequence[str], **options: Any) -> list[Generation]: ...
+
+    def generate(
+        self, prompts: str | Sequence[str], **options: Any
+    ) -> Generation | list[Generation]:
+        """What the model says after one prompt, or after each of several in one padded batch.
+
+        Args:
+            prompts: a text, or several.
+            options: as for :meth:`start`.
+
+        Returns:
+            One result for a text, a list of them for several.
+        """
+        results = self.start(prompts, **options).results
+        return results[0] if isinstance(prompts, str) else results
+
+    def start(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        chat: bool = False,
+        system: str | None = None,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        padding: Side = "left",
+        prefix: Mapping[str, Array] | None = None,
+    ) -> TextRun:
+        """A generation to iterate over for the text as it comes.
+
+        Args:
+            prompts: a text, or several for one padded batch.
+            chat: put the prompts into the model's chat template.
+            system: with ``chat``, the system's message.
+            max_new_tokens: the most tokens that a prompt may get.
+            temperature: 0 takes the most likely token always.
+            top_k: draw from the k most likely tokens only; 0 means all.
+            top_p: draw from the most likely tokens that together reach p; 1 means all.
+            seed: makes the draws repeatable.
+            padding: the side on which shorter prompts are filled up.
+            prefix: cache input → [1, K, P, D], a prefix that every prompt begins after.
+
+        Raises:
+            ConfigError: an option outside its range, an empty prompt, or one that is too long.
+            BundleError: the bundle has no tokenizer.
+            ExecutionError: the graph does not run, or cannot generate.
+        """
+        if system is not None and not chat:
+            raise ConfigError("a system message needs the chat template", hint="add chat (--chat)")
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+        options = GenerationOptions(
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            stop_ids=self.tokenizer.eos_ids,
+            pad_id=self.tokenizer.pad_id,
+            padding=padding,
+            context_length=self.context_length,
+        )
+        rows = encode_prompts(self.tokenizer, texts, chat=chat, system=system)
+        return TextRun(self.runner, self.tokenizer, rows, options, prefix)
+
+
+def load_bundle(
+    path: Path | str,
+    *,
+    provider: str = "cpu",
+    threads: int | None = None,
+    verify: bool = False,
+) -> LoadedBundle:
+    """Opens a bundle for use.
+
+    Args:
+        path: the bundle's folder.
+        provider: ``"cpu"`` or ``"cuda"``.
+        threads: threads within one operator; None leaves it to onnxruntime (all cores).
+        verify: compare the SHA-256 of every file with the manifest's; reads all weights once.
+
+    Raises:
+        BundleError: the folder is not a bundle, or files are missing, damaged or not those of the
+            manifest.
+        ExecutionError: the provider is not available, or onnxruntime refuses the model.
+        MissingExtraError: onnxruntime is not installed.
+
+    Example:
+        >>> bundle = load_bundle("out")  # doctest: +SKIP
+        >>> bundle.generate("The capital of France is", max_new_tokens=8).text  # doctest: +SKIP
+        ' Paris.'
+    """
+    folder = Path(path)
+    manifest = Manifest.read(folder)
+    _check_files(folder, manifest, verify=verify)
+    runner = OnnxRunner(folder, manifest.signature, provider=provider, threads=threads)
+    with _as_bundle_error():
+        tokenizer = Tokenizer.from_folder(folder) if (folder / TOKENIZER).is_file() else None
+        config = read_json(folder / MODEL_CONFIG)
+    length = next((config[key] for key in _CONTEXT_KEYS if isinstance(config.get(key), int)), None)
+    return LoadedBundle(folder, manifest, runner, tokenizer, length)
+
+
+def _check_files(folder: Path, manifest: Manifest, *, verify: bool) -> None:
+    root = folder.resolve()
+    outside = {n for n in manifest.files if not (root / n).resolve().is_relative_to(root)}
+    if outside:
+        raise BundleError(
+            f"the manifest of {folder} names files outside of it:\n{listed(outside)}"
+        )
+    missing = {name for name in manifest.files if not (folder / name).is_file()}
+    if missing:
+        raise BundleError(
+            f"{folder} is not complete; these files of its manifest are "
+            f"missing:\n{listed(missing)}"
+        )
+    if verify:
+        changed = {n for n, known in manifest.files.items() if _sha256(folder / n) != known}
+        if changed:
+            raise BundleError(
+                f"files of {folder} are not those that its manifest describes:\n{listed(changed)}",
+                hint="get the bundle again, or export it again",
+            )
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+@contextmanager
+def _as_bundle_error() -> Iterator[None]:
+    """A tokenizer or configuration that cannot be read is, inside a bundle, the bundle's fault."""
+    try:
+        yield
+    except CheckpointError as exc:
+        raise BundleError(exc.message, hint=exc.hint) from exc
