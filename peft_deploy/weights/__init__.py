@@ -1,23 +1,38 @@
 """Weights on disk, read one tensor at a time, in one naming scheme whatever the format.
 
-Owns the readers of safetensors and .pdparams files, LoRA's arithmetic on arrays, merging while
-streaming and the safetensors writer. Needs numpy only; must not import Paddle or anything that
-runs a model.
+Owns the readers of safetensors and .pdparams files, LoRA's arithmetic on arrays, merging and
+conversion while streaming, and the safetensors writer. Needs numpy only; must not import Paddle
+or anything that runs a model.
 """
 
+from peft_deploy.weights.blocks import contiguous, contiguous_blocks
 from peft_deploy.weights.canonical import CanonicalTensors
+from peft_deploy.weights.cast import CastTensors, cast_array
 from peft_deploy.weights.checkpoint import Checkpoint, open_checkpoint
 from peft_deploy.weights.fingerprint import fingerprint
+from peft_deploy.weights.lora import LoraPair, lora_delta, merge_weight
+from peft_deploy.weights.merged import AdapterTensors, MergedTensors
 from peft_deploy.weights.source import DTYPES, FLOATING, Array, TensorInfo, TensorSource
+from peft_deploy.weights.writer import write_safetensors
 
 __all__ = [
     "DTYPES",
     "FLOATING",
+    "AdapterTensors",
     "Array",
     "CanonicalTensors",
+    "CastTensors",
     "Checkpoint",
+    "LoraPair",
+    "MergedTensors",
     "TensorInfo",
     "TensorSource",
+    "cast_array",
+    "contiguous",
+    "contiguous_blocks",
     "fingerprint",
+    "lora_delta",
+    "merge_weight",
     "open_checkpoint",
+    "write_safetensors",
 ]

@@ -1,0 +1,114 @@
+"""Conversion between floating-point types, refusing what the target type cannot hold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from peft_deploy.errors import CheckpointError
+from peft_deploy.weights.blocks import row_blocks
+from peft_deploy.weights.source import DTYPES, FLOATING, Array, TensorInfo, TensorSource
+
+LARGEST = {"bfloat16": 3.3895313892515355e38, "float16": 65504.0, "float32": 3.4028234663852886e38}
+
+
+def check_float(dtype: str) -> str:
+    """The name of a floating-point type, as given.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if dtype not in FLOATING:
+        raise ValueError(f"{dtype} is not one of {', '.join(sorted(FLOATING))}")
+    return dtype
+
+
+def cast_array(array: Array, dtype: str, *, name: str = "the tensor") -> Array:
+    """The array in another floating-point type, each value rounded once, to the nearest.
+
+    Args:
+        array: any array; one of integers or booleans is returned as it is.
+        dtype: the target, a floating-point key of :data:`~peft_deploy.weights.source.DTYPES`.
+        name: what to call the array in an error.
+
+    Returns:
+        The array itself when nothing has to change, otherwise a new one in row-major order.
+
+    Raises:
+        CheckpointError: finite values would become infinite.
+    """
+    target = DTYPES[check_float(dtype)]
+    if array.dtype == target or not is_float(array):
+        return array
+    if array.ndim == 0:
+        return cast_array(array.reshape(1), dtype, name=name).reshape(())
+    result = np.empty(array.shape, target)
+    for rows in row_blocks(array.shape, max(array.dtype.itemsize, target.itemsize)):
+        result[rows] = cast_block(array[rows], target, name)
+    return result
+
+
+def cast_block(block: Array, target: np.dtype[np.generic], name: str) -> Array:
+    """Like :func:`cast_array`, in one go."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        result = round_to(block, target)
+    if target.itemsize >= block.dtype.itemsize and target != np.float16:
+        return result  # every value has a place in the wider type
+    lost = ~np.isfinite(result) & np.isfinite(block)
+    if lost.any():
+        worst = np.abs(block[lost].astype(np.float64)).max()
+        raise CheckpointError(
+            f"{name}: {int(lost.sum())} values are too large for {target.name}, the largest is "
+            f"{worst:.4g} and the limit {LARGEST[target.name]:.4g}",
+            hint="use bfloat16 or float32",
+        )
+    return result
+
+
+def round_to(block: Array, target: np.dtype[np.generic]) -> Array:
+    """Rounds each element once to the nearest of the target type, to even when two are as near."""
+    if block.dtype == np.float64 and target == DTYPES["bfloat16"]:
+        # ml_dtypes goes through float32 and rounds twice; keeping the lost bits alive in the last
+        # bit of the float32 (rounding to odd) makes the second rounding right.
+        single = block.astype(np.float32)
+        back = single.astype(np.float64)
+        bits = single.view(np.uint32) - (np.abs(back) > np.abs(block)).astype(np.uint32)
+        block = (bits | (back != block)).view(np.float32)
+    return block.astype(target)
+
+
+def is_float(array: Array) -> bool:
+    """Whether the elements are floating-point numbers, bfloat16 included."""
+    return any(array.dtype == DTYPES[name] for name in FLOATING)
+
+
+class CastTensors:
+    """Another source with its floating-point tensors in one type, converted as they are read.
+
+    Args:
+        source: where the tensors come from.
+        dtype: the type that they get; integers and booleans stay as they are.
+    """
+
+    def __init__(self, source: TensorSource, dtype: str) -> None:
+        self._source = source
+        self._dtype = check_float(dtype)
+
+    def names(self) -> Sequence[str]:
+        """The source's names."""
+        return self._source.names()
+
+    def info(self, name: str) -> TensorInfo:
+        """Type after conversion, and shape."""
+        info = self._source.info(name)
+        dtype = self._dtype if info.dtype in FLOATING else info.dtype
+        return TensorInfo(name, dtype, info.shape)
+
+    def read(self, name: str) -> Array:
+        """One tensor, converted.
+
+        Raises:
+            CheckpointError: a value is too large for the type.
+        """
+        return cast_array(self._source.read(name), self._dtype, name=name)

@@ -1,0 +1,148 @@
+"""LoRA's arithmetic on plain arrays, in Paddle's layout: W [in, out], A [in, R], B [R, out].
+
+The one place that says what merging means: W + scaling · A · B, accumulated in float32 (in
+float64 where W or the result is float64) and rounded once to the result's type.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from peft_deploy.errors import AdapterError
+from peft_deploy.weights.blocks import contiguous, row_blocks
+from peft_deploy.weights.cast import check_float, is_float, round_to
+from peft_deploy.weights.source import DTYPES, Array
+
+
+@dataclass(frozen=True)
+class LoraPair:
+    """The two factors of one layer's change, and the number that they are multiplied by.
+
+    Args:
+        A: [in, R], any floating-point type.
+        B: [R, out], any floating-point type.
+        scaling: alpha / r, or what the adapter's variant makes of it.
+
+    Raises:
+        AdapterError: the factors do not fit each other, or the scaling is not a finite number.
+    """
+
+    A: Array
+    B: Array
+    scaling: float
+
+    def __post_init__(self) -> None:
+        a, b = self.A.shape, self.B.shape
+        if len(a) != 2 or len(b) != 2 or a[1] != b[0] or a[1] < 1:
+            raise AdapterError(
+                f"A {list(a)} and B {list(b)} do not fit: "
+                "A has to be [in, R] and B [R, out], with a rank R of at least 1"
+            )
+        if not is_float(self.A) or not is_float(self.B):
+            raise AdapterError(
+                "A and B have to be of a floating-point type, "
+                f"not {self.A.dtype} and {self.B.dtype}"
+            )
+        if not math.isfinite(self.scaling):
+            raise AdapterError(f"the scaling is {self.scaling}; it has to be a finite number")
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return int(self.A.shape[1])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of the weight that the pair belongs to: (in, out)."""
+        return int(self.A.shape[0]), int(self.B.shape[1])
+
+
+def lora_delta(pair: LoraPair) -> Array:
+    """The change of the weight, scaling · A · B.
+
+    Returns:
+        [in, out], float32; float64 when A or B is.
+    """
+    wide = np.float64 if np.float64 in (pair.A.dtype, pair.B.dtype) else np.float32
+    delta: npt.NDArray[Any] = pair.A.astype(wide) @ pair.B.astype(wide)
+    delta *= wide(pair.scaling)
+    return delta
+
+
+def merge_weight(
+    W: Array, pair: LoraPair, *, name: str = "the weight", dtype: str | None = None
+) -> Array:
+    """The merged weight, W + scaling · A · B.
+
+    Works in blocks of rows, so that beyond the result only a few megabytes are needed.
+
+    Args:
+        W: [in, out], floating-point, in any memory order; not changed.
+        pair: the factors.
+        name: the tensor's name, for errors.
+        dtype: type of the result, a key of :data:`~peft_deploy.weights.source.DTYPES`; W's when
+            None.
+
+    Returns:
+        [in, out], a new array in row-major order.
+
+    Raises:
+        AdapterError: W has another shape or is not floating-point, or A, B or the result holds a
+            NaN or an infinity.
+    """
+    if W.shape != pair.shape or not is_float(W):
+        raise AdapterError(
+            f"{name}: the weight is {W.dtype.name} {list(W.shape)}, "
+            f"the adapter changes a floating-point weight {list(pair.shape)}"
+        )
+    target = W.dtype if dtype is None else DTYPES[check_float(dtype)]
+    wide = np.float64 if np.float64 in (W.dtype, target) else np.float32
+    A: npt.NDArray[Any] = require_finite(pair.A, f"A of {name}").astype(wide)  # [in, R]
+    B: npt.NDArray[Any] = require_finite(pair.B, f"B of {name}").astype(wide)  # [R, out]
+    merged = np.empty(W.shape, target)
+    for rows in row_blocks(W.shape, np.dtype(wide).itemsize):
+        block = contiguous(W[rows])
+        merged[rows] = _merge_block(block, A[rows] @ B, pair.scaling, target, name)
+    return merged
+
+
+def _merge_block(
+    block: Array,
+    product: npt.NDArray[Any],
+    scaling: float,
+    target: np.dtype[np.generic],
+    name: str,
+) -> Array:
+    """One block's result; ``product`` is overwritten."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        product *= product.dtype.type(scaling)
+        product += block.astype(product.dtype)
+        result = round_to(product, target)
+    if np.isfinite(result).all():
+        return result
+    if not np.isfinite(block).all():
+        raise AdapterError(f"{name}: the base weight itself holds a NaN or an infinity")
+    raise AdapterError(
+        f"{name}: the merged weight is not finite in {target.name}",
+        hint="its values or its scaling are too large; or merge into bfloat16 or float32",
+    )
+
+
+def require_finite(array: Array, name: str) -> Array:
+    """The array itself.
+
+    Raises:
+        AdapterError: it holds a NaN or an infinity; the message counts them.
+    """
+    bad = array.size - int(np.isfinite(array).sum()) if is_float(array) else 0
+    if bad:
+        raise AdapterError(
+            f"{name} holds {bad} values that are NaN or infinite",
+            hint="the training that wrote this adapter diverged",
+        )
+    return array
