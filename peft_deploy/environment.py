@@ -5,9 +5,12 @@ Paddle reads its environment once, at import; so whoever needs Paddle calls :fun
 
 from __future__ import annotations
 
+import importlib
+import importlib.metadata
 import importlib.util
 import os
 import sys
+import types
 import warnings
 from pathlib import Path
 
@@ -66,6 +69,28 @@ def require_paddle(purpose: str = "this step") -> None:
             os.environ.setdefault("GLOG_minloglevel", "3")
     if not debugging():
         _silence_paddle()
+
+
+def import_paddlenlp_models() -> None:
+    """Makes ``paddlenlp.transformers`` importable without the rest of PaddleNLP.
+
+    ``import paddlenlp`` imports its server, taskflow and data sets along, three seconds of them; here its package
+    is entered without running its ``__init__``. Only for processes of our own that end when their job is done:
+    a later ``import paddlenlp`` in the same process would find it incomplete.
+    """
+    if "paddlenlp" in sys.modules:
+        return
+    spec = importlib.util.find_spec("paddlenlp")
+    if spec is None or spec.submodule_search_locations is None:
+        return
+    package = types.ModuleType("paddlenlp")
+    package.__path__ = list(spec.submodule_search_locations)
+    package.__spec__ = spec
+    package.__dict__["__version__"] = importlib.metadata.version("paddlenlp")
+    sys.modules["paddlenlp"] = package
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        importlib.import_module("paddlenlp.data")  # it and transformers import each other; this order works
 
 
 def _is_amd() -> bool:

@@ -1,1 +1,21 @@
-"""TBD."""
+"""What differs between model families, as data and a few hooks.
+
+The only package in which a family's name appears. Everything but the stand-ins works without Paddle; imports
+only the modules above it (errors, signature, config).
+"""
+
+from peft_deploy.families import llama as llama  # registers itself
+from peft_deploy.families.family import DecoderDims, DecoderFamily
+from peft_deploy.families.names import MappedName, NameMap, NameRule
+from peft_deploy.families.registry import find_family, known_architectures, register
+
+__all__ = [
+    "DecoderDims",
+    "DecoderFamily",
+    "MappedName",
+    "NameMap",
+    "NameRule",
+    "find_family",
+    "known_architectures",
+    "register",
+]

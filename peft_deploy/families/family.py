@@ -77,7 +77,8 @@ class DecoderFamily(ABC):
 
         Returns:
             A layer whose ``forward(input_ids, attention_mask, position_ids, past)`` takes and returns what
-            :meth:`signature` says, ``past`` and the result being flat lists in signature order.
+            :meth:`signature` says, ``past`` and the result being flat lists in signature order; its attribute
+            ``scopes`` is a :class:`~peft_deploy.families.standins.ScopeTrace` of that forward.
         """
 
     def signature(self, config: Mapping[str, Any], dtype: str = "float32") -> GraphSignature:

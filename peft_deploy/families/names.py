@@ -52,6 +52,16 @@ class NameMap:
         """Hugging Face's name of a PaddleNLP parameter; None for a name that is not in the map."""
         return _map(self._from_paddle, paddle)
 
+    def module_to_huggingface(self, paddle: str) -> str:
+        """Hugging Face's path of a module, for names of nodes; the same path when no parameter lies under it."""
+        parts = paddle.split(".")
+        for rule in self.rules:
+            templates = rule.paddle.split("."), rule.huggingface.split(".")
+            index = _index_under(templates[0], parts)
+            if index is not None and len(templates[0]) == len(templates[1]):
+                return ".".join(templates[1][: len(parts)]).replace("{i}", index)
+        return paddle
+
     def ignores(self, huggingface: str) -> bool:
         """Whether the tensor carries no weight and may be left out."""
         return any(pattern.fullmatch(huggingface) for pattern in self._ignored)
@@ -69,3 +79,16 @@ def _map(
             index = match.group(1) if match.groups() else ""
             return MappedName(template.replace("{i}", index), transpose)
     return None
+
+
+def _index_under(template: list[str], parts: list[str]) -> str | None:
+    """The layer index when ``parts`` is a prefix of the template ("" when it has none), else None."""
+    if len(parts) >= len(template):
+        return None
+    index = ""
+    for wanted, part in zip(template, parts, strict=False):
+        if wanted == "{i}" and part.isdigit():
+            index = part
+        elif wanted != part:
+            return None
+    return index

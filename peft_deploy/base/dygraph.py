@@ -1,0 +1,92 @@
+"""The base model as a PaddleNLP layer in the dynamic graph. Needs Paddle."""
+
+from __future__ import annotations
+
+from peft_deploy.environment import require_paddle
+
+require_paddle("building the Paddle model")
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import paddle
+import paddlenlp.transformers
+from paddle import nn
+from paddlenlp.transformers.model_utils import no_init_weights
+
+from peft_deploy.base.folder import BaseModel
+from peft_deploy.errors import CheckpointError, ConfigError, listed
+from peft_deploy.families import DecoderFamily
+from peft_deploy.progress import Progress, Silent
+from peft_deploy.weights import DTYPES
+
+PADDLE_DTYPES = ("float32", "float16", "bfloat16", "float64")
+
+
+def build_skeleton(family: DecoderFamily, config: Mapping[str, Any]) -> nn.Layer:
+    """The model's layers with named, shaped parameters that hold no memory; for tracing.
+
+    Args:
+        family: the model's family.
+        config: its config.json, of either kind.
+
+    Raises:
+        UnsupportedModelError: the family refuses the configuration.
+    """
+    with paddle.LazyGuard(), no_init_weights(_enable=True):  # PaddleNLP would fill lazy weights in
+        model = _construct(family, config)
+    model.eval()
+    return model
+
+
+def load_model(
+    base: BaseModel, dtype: str = "float32", progress: Progress | None = None
+) -> nn.Layer:
+    """The model with its weights, in evaluation mode.
+
+    Args:
+        base: the model.
+        dtype: of the parameters; weights stored in another one are cast.
+        progress: gets a phase with one unit a tensor.
+
+    Raises:
+        CheckpointError: tensors missing, unexpected, or of another shape than the model's.
+    """
+    if dtype not in PADDLE_DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(PADDLE_DTYPES)}")
+    default = paddle.get_default_dtype()
+    paddle.set_default_dtype(dtype)
+    try:
+        with paddle.LazyGuard(), no_init_weights(_enable=True):
+            model = _construct(base.family, base.config)
+    finally:
+        paddle.set_default_dtype(default)
+    parameters = unique_parameters(model)
+    base.tensors.check({name: tuple(p.shape) for name, p in parameters.items()})
+    progress = progress or Silent()
+    progress.phase("Loading the base model", len(parameters), "tensors")
+    for name, parameter in parameters.items():
+        data = base.tensors.read(name)
+        _fill(parameter, np.ascontiguousarray(data).astype(DTYPES[dtype], copy=False), dtype)
+        progress.advance(1, name)
+    model.eval()
+    return model
+
+
+def unique_parameters(model: nn.Layer) -> dict[str, paddle.Tensor]:
+    """Structured name → parameter; one that several layers share appears once, under its first name."""
+    return dict(model.named_parameters(remove_duplicate=True))
+
+
+def _construct(family: DecoderFamily, config: Mapping[str, Any]) -> nn.Layer:
+    config_class = getattr(paddlenlp.transformers, family.paddle_config)
+    model_class = getattr(paddlenlp.transformers, family.paddle_model)
+    arguments = config_class(**family.paddle_arguments(config))
+    arguments.architectures = [family.paddle_model]
+    arguments.use_cache = True
+    return model_class(arguments)
+
+
+def _fill(parameter: paddle.Tensor, data: np.ndarray, dtype: str) -> None:
+    parameter.get_tensor().set(data, paddle.CPUPlace())

@@ -1,0 +1,119 @@
+"""A base model on disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from peft_deploy.errors import CheckpointError
+from peft_deploy.families import DecoderDims, DecoderFamily, find_family
+from peft_deploy.weights import CanonicalTensors, open_checkpoint
+
+CONFIG = "config.json"
+
+# Files that travel with a model into a bundle, when they are there: what tokenizes and what ends a text.
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A folder that holds a model of a registered family.
+
+    Args:
+        path: the folder.
+        config: its config.json, as written (PaddleNLP's or Hugging Face's).
+        family: the family that claims it.
+    """
+
+    path: Path
+    config: Mapping[str, Any]
+    family: DecoderFamily
+
+    @cached_property
+    def tensors(self) -> CanonicalTensors:
+        """The weights, in PaddleNLP's names and layout. Opening reads names and shapes only.
+
+        Raises:
+            CheckpointError: weights missing, damaged, or of another layout than either known one.
+        """
+        tied = self.family.tied if self.config.get("tie_word_embeddings") else {}
+        return CanonicalTensors(open_checkpoint(self.path), self.family.name_map, tied)
+
+    @property
+    def dims(self) -> DecoderDims:
+        """The model's sizes."""
+        return self.family.dims(self.config)
+
+    @property
+    def name(self) -> str:
+        """The folder's name, for messages and the manifest."""
+        return self.path.resolve().name
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identifies the weights, whatever the layout or file format they are stored in."""
+        return self.tensors.fingerprint()
+
+    def companions(self) -> list[Path]:
+        """Tokenizer and generation files that are there."""
+        return [self.path / name for name in COMPANIONS if (self.path / name).is_file()]
+
+
+def open_base(path: str | Path) -> BaseModel:
+    """The base model in a folder, or under a name that PaddleNLP can download.
+
+    Raises:
+        CheckpointError: no such folder and no such name; no config.json; a config.json that lacks what its
+            family needs.
+        UnsupportedModelError: no family claims it, or its family refuses it.
+    """
+    folder = Path(path).expanduser()
+    if not folder.exists():
+        from peft_deploy.base.hub import download
+
+        folder = download(str(path))
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"--base {folder} is a file; it must be a folder with a {CONFIG} and weights",
+            hint=f"try --base {folder.parent}",
+        )
+    config = _read_config(folder)
+    family = find_family(config)
+    try:
+        family.paddle_arguments(config)
+        family.dims(config)
+    except KeyError as exc:
+        raise CheckpointError(f"{folder / CONFIG} lacks the entry {exc}") from exc
+    return BaseModel(folder, config, family)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    if not path.is_file():
+        there = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+        adapter = (folder / "lora_config.json").exists() or (folder / "adapter_config.json").exists()
+        raise CheckpointError(
+            f"{folder} has no {CONFIG}; it holds {there}",
+            hint="this is an adapter: pass it with --adapter" if adapter else None,
+        )
+    try:
+        config = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as exc:
+        raise CheckpointError(f"{path} cannot be read: {exc}") from exc
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, not a {type(config).__name__}")
+    return config

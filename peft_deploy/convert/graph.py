@@ -1,0 +1,63 @@
+"""What the converter's process hands back."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+GRAPH_FILE = "graph.onnx"
+NAMES_FILE = "names.json"
+CONSTANTS_FILE = "constants.npz"
+
+
+@dataclass(frozen=True)
+class ConvertedGraph:
+    """A graph without weights.
+
+    Args:
+        model: the ONNX model as Paddle2ONNX wrote it; weights are dangling inputs of its nodes.
+        parameters: dangling name → PaddleNLP's structured parameter name.
+        constants: dangling name → tables computed by the stand-in.
+        operations: PIR operator name → its uses in program order, each with ``module`` (path) and ``shapes``
+            (of its results; -1 for a dimension that changes from call to call, None for no tensor).
+        versions: package → version in the converter's process.
+    """
+
+    model: ir.Model
+    parameters: dict[str, str]
+    constants: dict[str, npt.NDArray[np.generic]]
+    operations: dict[str, list[dict[str, Any]]]
+    versions: dict[str, str]
+
+    @classmethod
+    def read(cls, folder: Path) -> ConvertedGraph:
+        """What :func:`peft_deploy.convert.worker.main` left in ``folder``."""
+        names = json.loads((folder / NAMES_FILE).read_text("utf-8"))
+        with np.load(folder / CONSTANTS_FILE, allow_pickle=False) as archive:
+            constants = {key: archive[key] for key in archive.files}
+        return cls(
+            model=_load_quietly(folder / GRAPH_FILE),
+            parameters=names["parameters"],
+            constants=constants,
+            operations=names["operations"],
+            versions=names["versions"],
+        )
+
+
+def _load_quietly(path: Path) -> ir.Model:
+    """onnx-ir logs one warning a dangling name; here they are meant."""
+    import logging
+
+    logger = logging.getLogger("onnx_ir")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        return ir.load(path)
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,115 @@
+"""The parent's side of the converter's process."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import peft_deploy.errors
+from peft_deploy.convert.graph import ConvertedGraph
+from peft_deploy.convert.worker import ERROR_FILE, REQUEST_FILE
+from peft_deploy.environment import debugging, require
+from peft_deploy.errors import ConverterCrashError, PeftDeployError
+
+LOG_FILE = "log.txt"
+_LOG_LINES = 12  # of the child's log, in the message about a crash
+
+
+class ConversionJob:
+    """Tracing and converting, running beside this process from the moment it is made.
+
+    A context manager: leaving it ends the child and removes its folder, whatever happened.
+
+    Args:
+        config: the model's config.json.
+        opset: version of the default operator set to ask Paddle2ONNX for.
+
+    Raises:
+        MissingExtraError: Paddle, PaddleNLP or Paddle2ONNX is not installed.
+    """
+
+    def __init__(self, config: Mapping[str, Any], opset: int) -> None:
+        for package in ("paddle", "paddlenlp", "paddle2onnx"):
+            require(package, "paddle", "exporting a model")
+        self._folder = Path(tempfile.mkdtemp(prefix="peft-deploy-"))
+        request = {"config": dict(config), "opset": opset}
+        (self._folder / REQUEST_FILE).write_text(json.dumps(request), "utf-8")
+        reading, writing = os.pipe()
+        self._events = os.fdopen(reading, encoding="utf-8")
+        with (self._folder / LOG_FILE).open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", f"{__package__}.worker", str(self._folder), str(writing)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                pass_fds=(writing,),
+                start_new_session=True,  # Ctrl-C reaches us alone, and we end the child
+            )
+        os.close(writing)
+
+    def __enter__(self) -> ConversionJob:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.wait()
+        self._events.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def result(self, on_phase: Callable[[str], None]) -> ConvertedGraph:
+        """Waits for the child and reads what it made.
+
+        Args:
+            on_phase: is called with the title of each phase as it begins.
+
+        Raises:
+            PeftDeployError: the error that the child met, of the child's class.
+            ConverterCrashError: the child died; its last log lines are in the message.
+        """
+        for line in self._events:  # ends when the child closes its end, also by dying
+            on_phase(line.strip())
+        status = self._process.wait()
+        if debugging():
+            with contextlib.suppress(OSError):
+                sys.stderr.write(self._log())
+        error = self._folder / ERROR_FILE
+        if error.exists():
+            raise _rebuild(json.loads(error.read_text("utf-8")))
+        if status != 0:
+            raise self._crash(status)
+        return ConvertedGraph.read(self._folder)
+
+    def _log(self) -> str:
+        return (self._folder / LOG_FILE).read_text("utf-8", errors="replace")
+
+    def _crash(self, status: int) -> ConverterCrashError:
+        how = f"ended with status {status}"
+        if status < 0:
+            how = f"was ended by {signal.Signals(-status).name}"
+        tail = "\n".join(f"  {line}" for line in self._log().splitlines()[-_LOG_LINES:])
+        return ConverterCrashError(
+            f"the converter's process {how}; its log ends with\n{tail or '  (nothing)'}",
+            hint="run again with --debug for the whole log",
+        )
+
+
+def _rebuild(error: Mapping[str, Any]) -> PeftDeployError:
+    cls = getattr(peft_deploy.errors, error["class"], PeftDeployError)
+    rebuilt: PeftDeployError = cls(error["message"], hint=error["hint"])
+    return rebuilt

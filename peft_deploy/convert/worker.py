@@ -1,0 +1,106 @@
+"""The converter's process: ``python -m peft_deploy.convert.worker FOLDER EVENTS_FD``.
+
+Tracing and Paddle2ONNX run here, away from the user's process, because Paddle2ONNX calls ``abort()`` for what it
+cannot convert, keeps global state, and writes its log to C++ stdout. Reads ``request.json`` in FOLDER; leaves the
+weightless graph and its names there, or ``error.json``. Writes the title of each phase, one a line, to EVENTS_FD.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections import defaultdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peft_deploy.environment import import_paddlenlp_models, require_paddle
+from peft_deploy.errors import ConversionError, PeftDeployError
+
+if TYPE_CHECKING:
+    from peft_deploy.trace.program import TracedProgram
+
+REQUEST_FILE = "request.json"
+ERROR_FILE = "error.json"
+PROGRAM_FILE = "program.json"
+_ABSENT_PARAMS = "no-such-file.pdiparams"  # a params file that does not exist: a graph without weights
+
+
+def main(folder: Path, events: int) -> int:
+    """Does the job; returns the exit status."""
+
+    def phase(title: str) -> None:
+        os.write(events, f"{title}\n".encode())
+
+    try:
+        _convert(folder, json.loads((folder / REQUEST_FILE).read_text("utf-8")), phase)
+    except PeftDeployError as exc:
+        error = {"class": type(exc).__name__, "message": exc.message, "hint": exc.hint}
+        (folder / ERROR_FILE).write_text(json.dumps(error), "utf-8")
+        return 1
+    return 0
+
+
+def _convert(folder: Path, request: dict[str, Any], phase: Any) -> None:
+    phase("Importing Paddle")
+    require_paddle_models()
+    import numpy as np
+    import paddle2onnx
+    from paddle2onnx.utils import get_all_supported_operators_pir
+
+    from peft_deploy.base.dygraph import build_skeleton
+    from peft_deploy.convert.graph import CONSTANTS_FILE, GRAPH_FILE, NAMES_FILE
+    from peft_deploy.families import find_family
+    from peft_deploy.trace.preflight import check_program
+    from peft_deploy.trace.program import trace_decoder
+
+    config, opset = request["config"], request["opset"]
+    family = find_family(config)
+    phase("Building the skeleton")
+    skeleton = build_skeleton(family, config)
+    phase("Tracing")
+    traced = trace_decoder(skeleton, family, family.signature(config))
+    saved = folder / PROGRAM_FILE
+    traced.save(saved)
+    phase("Checking operators")
+    check_program(traced.operators(saved), get_all_supported_operators_pir())
+    phase("Converting to ONNX")
+    data = paddle2onnx.export(
+        str(saved),
+        str(folder / _ABSENT_PARAMS),
+        None,
+        opset_version=opset,
+        optimize_tool="None",  # the default installs packages while it runs
+    )
+    if not data:
+        raise ConversionError("Paddle2ONNX returned an empty model")
+    (folder / GRAPH_FILE).write_bytes(data)
+    np.savez(folder / CONSTANTS_FILE, **traced.constants)
+    names = {
+        "parameters": traced.parameters,
+        "operations": _operations(traced),
+        "versions": {p: version(p) for p in ("paddlepaddle", "paddlenlp", "paddle2onnx")},
+    }
+    (folder / NAMES_FILE).write_text(json.dumps(names), "utf-8")
+
+
+def require_paddle_models() -> None:
+    """Paddle, and of PaddleNLP only the models."""
+    import_paddlenlp_models()
+    require_paddle("exporting a model")
+
+
+def _operations(traced: TracedProgram) -> dict[str, list[dict[str, Any]]]:
+    """Module path and result shapes of each operator, by operator name, in the order Paddle2ONNX numbers them."""
+    operations: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for op in traced.program.global_block().ops:
+        shapes = [list(r.shape) if r.is_dense_tensor_type() else None for r in op.results()]
+        operations[op.name()].append(
+            {"module": op.attrs().get("struct_name", ""), "shapes": shapes}
+        )
+    return dict(operations)
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2])))

@@ -1,0 +1,57 @@
+"""Attention with an explicit mask and an explicit cache."""
+
+from __future__ import annotations
+
+import paddle
+from paddle import Tensor
+from paddle.nn import functional as F
+
+# What PaddleNLP adds to a masked score in float32. The same value here keeps even rows that may attend to nothing
+# (padding) equal to the reference: float32 absorbs the score, and softmax gives the plain average.
+MASKED = float(paddle.finfo(paddle.float32).min)
+
+
+def causal_bias(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """0 where a token may attend, :data:`MASKED` where not: [B, 1, S, T].
+
+    The S new tokens are the last of the T that attention_mask [B, T] covers, whatever the past holds (a cache, a
+    prefix); so token s attends to index t if t ≤ s + (T - S) and its mask is not 0.
+    """
+    S = paddle.shape(input_ids)[1].cast("int64")
+    T = paddle.shape(attention_mask)[1].cast("int64")
+    rows = (paddle.arange(0, S, dtype="int64") + (T - S)).unsqueeze(-1)  # [S, 1]
+    causal = paddle.arange(0, T, dtype="int64").unsqueeze(0) <= rows  # [S, T]
+    real = attention_mask.cast("bool").unsqueeze([1, 2])  # [B, 1, 1, T]
+    keep = paddle.logical_and(causal, real).cast("float32")
+    # 0 * x = 0 and -1 * x = -x exactly; `where` with two constants converts to thirty nodes.
+    return (keep - 1.0) * -MASKED
+
+
+def split_heads(x: Tensor, heads: int, head_dim: int) -> Tensor:
+    """[B, S, heads * D] → [B, heads, S, D]."""
+    return x.reshape([0, 0, heads, head_dim]).transpose([0, 2, 1, 3])
+
+
+def grouped_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, *, scale: float) -> Tensor:
+    """Scaled dot-product attention with grouped heads (Ainslie et al. 2023).
+
+    Args:
+        q: [B, H, S, D].
+        k: [B, K, T, D]; K divides H, and head h uses kv head h // (H/K).
+        v: [B, K, T, D].
+        bias: [B, 1, S, T], added to the scores.
+        scale: factor of the scores.
+
+    Returns:
+        [B, S, H * D].
+    """
+    H, K, D = q.shape[1], k.shape[1], q.shape[3]
+    if H != K:
+        # k and v are broadcast over the group, not repeated: no copy of the cache.
+        q = q.reshape([0, K, H // K, -1, D])  # [B, K, G, S, D]
+        k, v, bias = k.unsqueeze(2), v.unsqueeze(2), bias.unsqueeze(1)
+    scores = paddle.matmul(q * scale, k, transpose_y=True) + bias
+    out = paddle.matmul(F.softmax(scores, -1), v)
+    if H != K:
+        out = out.reshape([0, H, -1, D])
+    return out.transpose([0, 2, 1, 3]).reshape([0, 0, H * D])

@@ -1,0 +1,169 @@
+"""Tracing: a model's forward becomes a static program whose weights are names. Needs Paddle."""
+
+from __future__ import annotations
+
+from peft_deploy.environment import require_paddle
+
+require_paddle("tracing a model")
+
+import json
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import paddle
+from paddle import nn
+from paddle.base import core
+from paddle.pir import Value
+from paddle.static import InputSpec
+from paddle.static.pir_io import normalize_pir_program
+
+from peft_deploy.errors import TraceError
+from peft_deploy.families import DecoderFamily
+from peft_deploy.signature import GraphSignature, TensorSpec
+from peft_deploy.trace.preflight import OperatorUse
+
+Array = npt.NDArray[np.generic]
+
+
+@dataclass(frozen=True)
+class TracedProgram:
+    """A static program whose parameters are names without data.
+
+    Args:
+        program: Paddle's program, pruned to what the outputs need.
+        signature: names of its inputs; its outputs are ``fetch_name_0``, … in the signature's order.
+        parameters: Paddle's variable name → the model's structured parameter name.
+        constants: Paddle's variable name → a table that the stand-in keeps (rotary cos and sin).
+    """
+
+    program: Any
+    signature: GraphSignature
+    parameters: dict[str, str]
+    constants: dict[str, Array]
+
+    def save(self, path: Path) -> None:
+        """Writes the program as Paddle's JSON, the form that Paddle2ONNX reads."""
+        # overwrite, not readable (the converter does not parse indented JSON), trainable
+        core.serialize_pir_program(self.program, str(path), True, False, True)
+
+    def operators(self, saved: Path) -> list[OperatorUse]:
+        """The program's operators, for the preflight.
+
+        Args:
+            saved: where :meth:`save` wrote it; which attributes are double precision is only told there.
+        """
+        double = _float64_attributes(json.loads(saved.read_text("utf-8")))
+        return [
+            OperatorUse(
+                name=op.name(),
+                module=op.attrs().get("struct_name", "").strip("/"),
+                source=_user_line(op.callstack),
+                attributes=op.attrs(),
+                float64_attributes=double.get(op.name().partition(".")[2], ()),
+            )
+            for op in _walk(self.program.global_block())
+        ]
+
+
+def trace_decoder(model: nn.Layer, family: DecoderFamily, signature: GraphSignature) -> TracedProgram:
+    """Traces a decoder through its family's stand-in.
+
+    Args:
+        model: PaddleNLP's model, normally a skeleton; its parameters' data is never looked at.
+        family: provides the stand-in.
+        signature: inputs and outputs.
+
+    Raises:
+        TraceError: Paddle could not trace it.
+    """
+    stand_in = family.stand_in(model)
+    stand_in.eval()
+    own = len(signature.inputs) - len(signature.past)
+    specs = [_input_spec(spec) for spec in signature.inputs]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "Tensor do not have 'place' interface": of no consequence
+        concrete = _concrete_program(stand_in, [*specs[:own], specs[own:]])
+    stand_in.scopes.apply(concrete.main_program)
+    feeds, fetches = _values(concrete.inputs), _values(concrete.outputs)
+    _check_counts(signature, feeds, fetches)
+    with paddle.pir_utils.IrGuard():
+        program = normalize_pir_program(concrete.main_program, feeds, fetches)
+    names = {p.name: name for name, p in model.named_parameters()}
+    tables = {b.name: b for b in stand_in.buffers()}
+    used = {p.name for p in concrete.parameters[0]}
+    return TracedProgram(
+        program=program,
+        signature=signature,
+        parameters={variable: names[variable] for variable in used & names.keys()},
+        constants={variable: tables[variable].numpy() for variable in used & tables.keys()},
+    )
+
+
+def _concrete_program(stand_in: nn.Layer, input_spec: list[Any]) -> Any:
+    try:
+        static = paddle.jit.to_static(stand_in, input_spec=input_spec, full_graph=True)
+        return static.forward.concrete_program
+    except Exception as exc:  # Paddle raises whatever the traced code or its own rewriting raises
+        reason = str(exc).strip().splitlines()
+        raise TraceError(
+            f"{type(stand_in).__name__} could not be traced: {reason[-1] if reason else type(exc).__name__}"
+        ) from exc
+
+
+def _input_spec(spec: TensorSpec) -> InputSpec:
+    shape = [dim if isinstance(dim, int) else None for dim in spec.dims]
+    return InputSpec(shape, spec.dtype, spec.name)
+
+
+def _values(structure: Any) -> list[Value]:
+    return [v for v in paddle.utils.flatten(structure) if isinstance(v, Value)]
+
+
+def _check_counts(signature: GraphSignature, feeds: list[Value], fetches: list[Value]) -> None:
+    for what, got, wanted in (
+        ("inputs", len(feeds), len(signature.inputs)),
+        ("outputs", len(fetches), len(signature.outputs)),
+    ):
+        if got != wanted:
+            raise TraceError(f"the traced program has {got} {what}; its signature has {wanted}")
+
+
+def _walk(block: Any) -> Iterator[Any]:
+    for op in block.ops:
+        yield op
+        for inner in op.blocks():
+            yield from _walk(inner)
+
+
+def _user_line(callstack: list[str]) -> str:
+    """The innermost frame outside Paddle, ``file:line``."""
+    package = str(Path(paddle.__file__).parent)
+    for frame in reversed(callstack):
+        text = frame.strip()
+        if text.startswith('File "') and package not in text:
+            file, _, rest = text[len('File "') :].partition('", line ')
+            return f"{file}:{rest.split(',')[0]}"
+    return ""
+
+
+def _float64_attributes(saved: dict[str, Any]) -> dict[str, tuple[str, ...]]:
+    """Operator → its attributes of type ``a_f64`` in a saved program, sub-blocks included."""
+    found: dict[str, set[str]] = {}
+    for op in _saved_operators(saved["program"]["regions"]):
+        for attribute in op.get("A", ()):
+            if isinstance(attribute, dict) and attribute["AT"].get("#", "").endswith(".a_f64"):
+                found.setdefault(op["#"].partition(".")[2], set()).add(attribute["N"])
+    return {name: tuple(sorted(names)) for name, names in found.items()}
+
+
+def _saved_operators(regions: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for region in regions:
+        for block in region["blocks"]:
+            for op in block["ops"]:
+                yield op
+                yield from _saved_operators(op.get("regions", []))
