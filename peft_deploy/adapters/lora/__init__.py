@@ -1,1 +1,23 @@
-"""TBD."""
+"""LoRA in the dynamic graph: the layers, and LoRAModel which puts them into a model.
+
+Owns what is computed and trained; needs Paddle. Must not import training, tracing or anything
+below; reading and writing of files is in ``adapters.formats``.
+"""
+
+from peft_deploy.environment import require_paddle
+
+require_paddle("LoRA in the dynamic graph")
+
+from peft_deploy.adapters.lora.layer import LoRALayer  # noqa: E402
+from peft_deploy.adapters.lora.linear import LoRALinear  # noqa: E402
+from peft_deploy.adapters.lora.model import LoRAModel  # noqa: E402
+from peft_deploy.adapters.lora.trainable import mark_only_lora_as_trainable  # noqa: E402
+from peft_deploy.config import LoRAConfig  # noqa: E402
+
+__all__ = [
+    "LoRAConfig",
+    "LoRALayer",
+    "LoRALinear",
+    "LoRAModel",
+    "mark_only_lora_as_trainable",
+]

@@ -1,0 +1,286 @@
+"""One adapter of a model: its LoRA layers, the tensors it replaces, and putting both in place and
+away again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import paddle
+from paddle import nn
+
+from peft_deploy.adapters.lora.arrays import assign, to_array
+from peft_deploy.adapters.lora.dispatch import make_lora_layer
+from peft_deploy.adapters.lora.layer import LoRALayer
+from peft_deploy.adapters.lora.trainable import extra_parameters
+from peft_deploy.config import LoRAConfig, LoRAConfigError, match_patterns
+from peft_deploy.errors import AdapterError, listed
+from peft_deploy.weights.source import Array
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a module hangs: under ``attribute`` of ``parent``."""
+
+    parent: nn.Layer
+    attribute: str
+
+    def put(self, module: nn.Layer) -> None:
+        """Hangs another module there."""
+        setattr(self.parent, self.attribute, module)
+
+
+@dataclass
+class Adapted:
+    """One adapted module.
+
+    Args:
+        original: the module that was there; untouched.
+        layer: the LoRA layer that shares its parameters.
+        places: everywhere the module hangs in the model.
+    """
+
+    original: nn.Layer
+    layer: LoRALayer
+    places: list[Place]
+
+
+@dataclass
+class Attachment:
+    """One adapter and the model that it belongs to.
+
+    Args:
+        model: the base model.
+        config: the adapter's options.
+        adapted: the adapted modules by dotted name.
+        extras: base parameters that the adapter trains or replaces, by name.
+        base_values: their values in the base model.
+        own_values: their values in the adapter, while they are not in the model.
+        attached: whether the LoRA layers hang in the model.
+        disabled: whether the model is to compute as if there was no adapter.
+    """
+
+    model: nn.Layer
+    config: LoRAConfig
+    adapted: dict[str, Adapted] = field(default_factory=dict)
+    extras: dict[str, paddle.Tensor] = field(default_factory=dict)
+    base_values: dict[str, Array] = field(default_factory=dict)
+    own_values: dict[str, Array] | None = field(default_factory=dict)
+    attached: bool = False
+    disabled: bool = False
+
+    @classmethod
+    def create(cls, model: nn.Layer, config: LoRAConfig, *, quiet: bool = False) -> Attachment:
+        """A fresh adapter for a model, not yet attached; the model is unchanged.
+
+        Args:
+            model: the base model, without any LoRA layer in it.
+            config: the adapter's options.
+            quiet: no warning about patterns that match nothing beside others that do.
+
+        Raises:
+            LoRAConfigError: a pattern that matches nothing, or a module that LoRA does not
+                support.
+            AdapterError: the model is already wrapped.
+        """
+        targets = find_targets(model, config, quiet=quiet)
+        attachment = cls(model, config)
+        places = _places(model)
+        try:
+            for name, parts in targets.items():
+                module = _module(model, name)
+                layer = make_lora_layer(name, module, config, parts)
+                layer.where = f"{name}.weight"
+                layer.detach()
+                attachment.adapted[name] = Adapted(module, layer, places[id(module)])
+            attachment.add_extras(extra_parameters(model, config, attachment.adapted))
+        except BaseException:
+            for done in attachment.adapted.values():
+                done.layer.detach()
+            raise
+        return attachment
+
+    def layers(self) -> Iterator[LoRALayer]:
+        """The LoRA layers."""
+        return (adapted.layer for adapted in self.adapted.values())
+
+    @property
+    def merged(self) -> bool:
+        """Whether the adapter is merged into the weights."""
+        return any(layer.merged for layer in self.layers())
+
+    def add_extras(self, parameters: Mapping[str, paddle.Tensor]) -> None:
+        """Remembers base parameters that this adapter changes, with their values of now."""
+        for name, parameter in parameters.items():
+            if name not in self.extras:
+                self.extras[name] = parameter
+                self.base_values[name] = to_array(parameter)
+                if self.own_values is not None:
+                    self.own_values[name] = self.base_values[name]
+
+    def attach(self) -> None:
+        """Hangs the LoRA layers into the model and puts the adapter's own tensors in place."""
+        if self.attached:
+            return
+        for adapted in self.adapted.values():
+            adapted.layer.training = adapted.original.training
+            for place in adapted.places:
+                place.put(adapted.layer)
+            adapted.layer.attach()
+        self.attached = True
+        if not self.disabled:
+            self._swap_extras_in()
+
+    def detach(self) -> None:
+        """Puts everything back as it was before LoRA, exact to the bit; the adapter keeps its
+        tensors.
+        """
+        if not self.attached:
+            return
+        for adapted in self.adapted.values():
+            adapted.layer.detach()
+            adapted.original.training = adapted.layer.training
+            for place in adapted.places:
+                place.put(adapted.original)
+        self._swap_extras_out()
+        self.attached = False
+
+    def disable(self) -> None:
+        """Makes the model compute what it computed before LoRA, whatever was merged."""
+        for layer in self.layers():
+            layer.disable_lora = True
+        if self.attached:
+            self._swap_extras_out()
+        self.disabled = True
+
+    def enable(self) -> None:
+        """Ends :meth:`disable`; the adapter is then active and not merged."""
+        for layer in self.layers():
+            layer.disable_lora = False
+        if self.attached:
+            self._swap_extras_in()
+        self.disabled = False
+
+    def merge(self) -> None:
+        """Merges all layers or none.
+
+        Raises:
+            AdapterError: LoRA is disabled, a weight is shared with a module outside, or a sum is
+                not finite.
+        """
+        self._refuse_shared_weights()
+        done: list[LoRALayer] = []
+        try:
+            for layer in self.layers():
+                if not layer.merged:
+                    layer.merge()
+                    done.append(layer)
+        except AdapterError:
+            for layer in done:
+                layer.unmerge()
+            raise
+
+    def unmerge(self) -> None:
+        """Takes the adapter out of the weights again, exact to the bit."""
+        for layer in self.layers():
+            layer.unmerge()
+
+    def extra_values(self) -> dict[str, Array]:
+        """The adapter's own values of the base parameters that it changes."""
+        if self.own_values is not None:
+            return dict(self.own_values)
+        return {name: self._unmerged(name, tensor) for name, tensor in self.extras.items()}
+
+    def set_extra_values(self, values: Mapping[str, Array]) -> None:
+        """Gives the adapter other values for (some of) them; not while merged."""
+        if self.own_values is not None:
+            self.own_values.update(values)
+            return
+        for name, value in values.items():
+            assign(self.extras[name], value)
+
+    def _unmerged(self, name: str, tensor: paddle.Tensor) -> Array:
+        """A trained weight of an adapted layer as it is without A · B."""
+        adapted = self.adapted.get(name.removesuffix(".weight"))
+        return adapted.layer.split_weight() if adapted else to_array(tensor)
+
+    def _swap_extras_in(self) -> None:
+        if self.own_values is not None:
+            for name, value in self.own_values.items():
+                assign(self.extras[name], value)
+            self.own_values = None
+
+    def _swap_extras_out(self) -> None:
+        if self.own_values is None and self.extras:
+            self.own_values = {name: to_array(tensor) for name, tensor in self.extras.items()}
+            for name, value in self.base_values.items():
+                assign(self.extras[name], value)
+
+    def _refuse_shared_weights(self) -> None:
+        owners: dict[int, list[str]] = {}
+        for name, layer in self.model.named_sublayers():
+            for key, parameter in layer._parameters.items():
+                if parameter is not None:
+                    owners.setdefault(id(parameter), []).append(f"{name}.{key}")
+        shared = [
+            " = ".join(owners[id(adapted.layer.weight)])
+            for adapted in self.adapted.values()
+            if len(owners.get(id(adapted.layer.weight), ())) > 1
+        ]
+        if shared:
+            raise AdapterError(
+                "merging would change layers that were not adapted, because they share a weight:\n"
+                + listed(shared),
+                hint="keep the adapter unmerged, or untie the weights first",
+            )
+
+
+def find_targets(
+    model: nn.Layer, config: LoRAConfig, *, quiet: bool = False
+) -> dict[str, list[bool] | None]:
+    """The modules that ``target_modules`` means, with the fused parts to adapt (None for ordinary
+    layers).
+
+    Raises:
+        LoRAConfigError: a pattern matches nothing, or two patterns want different parts of one
+            module.
+        AdapterError: there are LoRA layers in the model already.
+    """
+    modules = dict(model.named_sublayers())
+    wrapped = [name for name, module in modules.items() if isinstance(module, LoRALayer)]
+    if wrapped:
+        raise AdapterError(
+            f"the model already has LoRA layers:\n{listed(wrapped)}",
+            hint="call restore_original_model() first, or load_adapter() for a second adapter",
+        )
+    patterns = config.target_patterns
+    if not patterns:
+        return {}
+    matches = match_patterns(patterns, list(modules), "target_modules", quiet=quiet)
+    targets: dict[str, list[bool] | None] = {}
+    for pattern, parts in zip(patterns, config.enabled_parts(), strict=True):
+        for name in matches[pattern]:
+            if name in targets and targets[name] != parts:
+                raise LoRAConfigError(
+                    f"enable_lora_list wants both {targets[name]} and {parts} of {name}, "
+                    "which two patterns of target_modules match"
+                )
+            targets[name] = parts
+    return {name: targets[name] for name in modules if name in targets}
+
+
+def _module(model: nn.Layer, name: str) -> nn.Layer:
+    for part in name.split("."):
+        model = model._sub_layers[part] if part in model._sub_layers else getattr(model, part)
+    return model
+
+
+def _places(model: nn.Layer) -> dict[int, list[Place]]:
+    """Everywhere that each module of the model hangs, by the module's id."""
+    places: dict[int, list[Place]] = {}
+    for parent in (model, *model.sublayers()):
+        for attribute, child in parent._sub_layers.items():
+            if child is not None:
+                places.setdefault(id(child), []).append(Place(parent, attribute))
+    return places
