@@ -51,8 +51,7 @@ def cast_array(array: Array, dtype: str, *, name: str = "the tensor") -> Array:
 
 def cast_block(block: Array, target: np.dtype[np.generic], name: str) -> Array:
     """Like :func:`cast_array`, in one go."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        result = round_to(block, target)
+    result = round_to(block, target)
     if target.itemsize >= block.dtype.itemsize and target != np.float16:
         return result  # every value has a place in the wider type
     lost = ~np.isfinite(result) & np.isfinite(block)
@@ -67,15 +66,27 @@ def cast_block(block: Array, target: np.dtype[np.generic], name: str) -> Array:
 
 
 def round_to(block: Array, target: np.dtype[np.generic]) -> Array:
-    """Rounds each element once to the nearest of the target type, to even when two are as near."""
-    if block.dtype == np.float64 and target == DTYPES["bfloat16"]:
-        # ml_dtypes goes through float32 and rounds twice; keeping the lost bits alive in the last
-        # bit of the float32 (rounding to odd) makes the second rounding right.
-        single = block.astype(np.float32)
-        back = single.astype(np.float64)
-        bits = single.view(np.uint32) - (np.abs(back) > np.abs(block)).astype(np.uint32)
-        block = (bits | (back != block)).view(np.float32)
-    return block.astype(target)
+    """Rounds each element once to the nearest of the target type, to even when two are as near.
+
+    Values beyond the type's range become infinite, without a warning.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        if block.dtype == np.float64 and target == DTYPES["bfloat16"]:
+            block = _odd_float32(block)
+        return block.astype(target)
+
+
+def _odd_float32(block: Array) -> Array:
+    """Float64 as float32, inexact values cut off and with their last bit set (rounding to odd).
+
+    ml_dtypes makes bfloat16 of float64 by way of float32 and so rounds twice. With the lost bits
+    kept alive in the last one, the second rounding comes out as if it were the only one.
+    """
+    single = block.astype(np.float32)
+    back = single.astype(np.float64)
+    bits = single.view(np.uint32) - (np.abs(back) > np.abs(block)).astype(np.uint32)
+    odd: Array = (bits | (back != block)).view(np.float32)
+    return odd
 
 
 def is_float(array: Array) -> bool:

@@ -185,8 +185,8 @@ def _kind(value: object) -> str:
     return "numpy array" if isinstance(value, PickledArray) else type(value).__name__
 
 
-def _decode_text(file: BinaryIO, span: Span, target: memoryview, chunk: int = 1 << 22) -> None:
-    """Writes the bytes that a text span stands for into ``target``, a few megabytes at a time."""
+def _decode_text(file: BinaryIO, span: Span, target: memoryview, chunk: int = 1 << 18) -> None:
+    """Writes the bytes that a text span stands for into ``target``, a little at a time."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     file.seek(span.offset)
     position, left = 0, span.length
