@@ -1,1 +1,45 @@
-"""TBD."""
+"""Whether a bundle computes what was trained: cases, limits, comparison, report.
+
+The measure is the dynamic-graph model with its adapter active; :mod:`peft_deploy.parity.reference`
+is the only module here that needs Paddle, and is imported by name. Everything else works on any two
+runners. Must not import workflows or the command line.
+"""
+
+from peft_deploy.parity.cases import Case, CaseMatrix, Text, build_matrix
+from peft_deploy.parity.compare import Difference, measure
+from peft_deploy.parity.gate import CheckOptions, check
+from peft_deploy.parity.generation import Prompt, compare_generation
+from peft_deploy.parity.oracle import Reference
+from peft_deploy.parity.report import (
+    CaseResult,
+    Divergence,
+    Effect,
+    GenerationResult,
+    OutputResult,
+    ParityReport,
+    PromptResult,
+)
+from peft_deploy.parity.tolerance import Limit, derive_limit
+
+__all__ = [
+    "Case",
+    "CaseMatrix",
+    "CaseResult",
+    "CheckOptions",
+    "Difference",
+    "Divergence",
+    "Effect",
+    "GenerationResult",
+    "Limit",
+    "OutputResult",
+    "ParityReport",
+    "Prompt",
+    "PromptResult",
+    "Reference",
+    "Text",
+    "build_matrix",
+    "check",
+    "compare_generation",
+    "derive_limit",
+    "measure",
+]

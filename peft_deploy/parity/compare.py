@@ -1,0 +1,157 @@
+"""How far one array is from another.
+
+Special values: equal infinities are equal. A NaN is never equal to anything, not even to a NaN: an
+output that is not a number proves nothing. Either one makes the error infinite, so that no limit
+admits it. They are looked for at padding, too, where values do not count: a NaN there comes back
+through the cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float32]
+Bools = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Metrics of one output of one case; only real tokens count.
+
+    Args:
+        max_abs: largest absolute difference.
+        mean_abs: mean of the absolute differences.
+        p99_abs: their 99th percentile.
+        scale: the largest finite magnitude that was expected; ``max_abs / scale`` is the relative
+            error.
+        cosine: of the two arrays, flattened.
+        index: where the largest difference is, in the output's own axes.
+        expected: the value there on the reference.
+        actual: the value there on the other side.
+        unequal_specials: NaNs, and infinities that are not the same on both sides.
+        top1: share of the tokens with the same most likely next token; None for other outputs than
+            logits.
+        kl: largest Kullback-Leibler divergence of a token's next-token distribution, in nats; None
+            likewise.
+    """
+
+    max_abs: float
+    mean_abs: float
+    p99_abs: float
+    scale: float
+    cosine: float
+    index: tuple[int, ...]
+    expected: float
+    actual: float
+    unequal_specials: int = 0
+    top1: float | None = None
+    kl: float | None = None
+
+    @property
+    def relative_max(self) -> float:
+        """``max_abs`` in units of the scale."""
+        return _ratio(self.max_abs, self.scale)
+
+    @property
+    def relative_mean(self) -> float:
+        """``mean_abs`` in units of the scale."""
+        return _ratio(self.mean_abs, self.scale)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready form; what is not finite becomes a string."""
+        plain = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        plain |= {"relative_max": self.relative_max, "relative_mean": self.relative_mean}
+        plain["index"] = list(self.index)
+        return {name: json_number(value) for name, value in plain.items() if value is not None}
+
+
+def json_number(value: Any) -> Any:
+    """The value, or its name where JSON has no such number."""
+    return str(value) if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def _ratio(part: float, whole: float) -> float:
+    if whole > 0:
+        return part / whole
+    return 0.0 if part == 0 else float("inf")
+
+
+def measure(
+    expected: Floats, actual: Floats, counts: Bools, *, logits: bool, brief: bool = False
+) -> Difference:
+    """The difference of one output.
+
+    Args:
+        expected: the logits [B, S, V], or a cache tensor [B, K, T, D].
+        actual: the same of the other side, of the same shape.
+        counts: which tokens count, [B, S] or [B, T]; at least one.
+        logits: which of the two it is.
+        brief: leave out what no limit depends on (percentile, cosine, next token).
+    """
+    keep = counts[:, :, None] if logits else counts[:, None, :, None]
+    errors = _absolute_errors(expected, actual, keep)
+    index = np.unravel_index(int(np.argmax(errors)), errors.shape)
+    want, have, counted = (
+        (values if logits else np.moveaxis(values, 2, 1))[counts]  # [N, V] or [N, K, D]
+        for values in (expected, actual, errors)
+    )
+    finite = np.abs(want[np.isfinite(want)])
+    top1, kl = _next_token(want, have) if logits and not brief else (None, None)
+    return Difference(
+        max_abs=float(errors[index]),
+        mean_abs=float(counted.mean(dtype=np.float64)),
+        p99_abs=float("nan") if brief else _percentile(counted, 99),
+        scale=float(finite.max()) if finite.size else 0.0,
+        cosine=float("nan") if brief else _cosine(want, have),
+        index=tuple(int(i) for i in index),
+        expected=float(expected[index]),
+        actual=float(actual[index]),
+        unequal_specials=int(np.count_nonzero(np.isinf(errors))),
+        top1=top1,
+        kl=kl,
+    )
+
+
+def _absolute_errors(expected: Floats, actual: Floats, keep: Bools) -> Floats:
+    """|expected - actual| where ``keep`` is true, infinite at unequal specials, 0 elsewhere."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        errors: Floats = np.abs(expected - actual)
+    errors[expected == actual] = 0  # equal infinities, whose difference is not a number
+    special = ~np.isfinite(errors)
+    np.multiply(errors, keep, out=errors, where=~special)
+    errors[special] = np.inf
+    return errors
+
+
+def _percentile(errors: Floats, percent: int) -> float:
+    last = errors.size - 1
+    rank = min(last, int(np.ceil(percent / 100 * errors.size)) - 1)
+    return float(np.partition(errors.ravel(), rank)[rank])
+
+
+def _cosine(want: Floats, have: Floats) -> float:
+    a, b = want.ravel().astype(np.float64), have.ravel().astype(np.float64)
+    norms = float(np.sqrt((a @ a) * (b @ b)))
+    if not np.isfinite(norms):
+        return float("nan")
+    if norms == 0:
+        return 1.0 if not a.any() and not b.any() else 0.0
+    return float(a @ b) / norms
+
+
+def _next_token(want: Floats, have: Floats) -> tuple[float, float]:
+    """Share of equal argmax, and the largest KL divergence, over tokens [N, V]."""
+    same = want.argmax(-1) == have.argmax(-1)
+    if not (np.isfinite(want).all() and np.isfinite(have).all()):
+        return float(same.mean()), float("inf")
+    p, q = _log_softmax(want), _log_softmax(have)
+    return float(same.mean()), max(0.0, float((np.exp(p) * (p - q)).sum(-1).max()))
+
+
+def _log_softmax(x: Floats) -> npt.NDArray[np.float64]:
+    shifted = x.astype(np.float64) - x.max(-1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(-1, keepdims=True)))

@@ -1,0 +1,240 @@
+"""The check itself: both sides through the same cases, limits from the reference's own noise."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+
+from peft_deploy.errors import ExecutionError, ParityError
+from peft_deploy.parity.cases import Case, CaseMatrix, Text
+from peft_deploy.parity.compare import Difference, measure
+from peft_deploy.parity.generation import Prompt, compare_generation
+from peft_deploy.parity.oracle import Reference
+from peft_deploy.parity.play import Results, counted, expected, given_cache, read_text, run_case
+from peft_deploy.parity.report import CaseResult, Effect, OutputResult, ParityReport
+from peft_deploy.parity.tolerance import Limit, derive_limit, is_sane
+from peft_deploy.progress import Progress, Silent
+from peft_deploy.runtime.runner import Runner
+from peft_deploy.signature import LOGITS
+
+Differences = dict[str, Difference]
+
+
+@dataclass(frozen=True)
+class CheckOptions:
+    """What a check covers.
+
+    Args:
+        seed: that the matrix was made with.
+        real_text: whether the matrix and the prompts hold real text.
+        new_tokens: how many tokens to generate from each prompt.
+        provider: what runs the bundle, for the report.
+    """
+
+    seed: int = 0
+    real_text: bool = False
+    new_tokens: int = 32
+    provider: str = ""
+
+
+class Clock:
+    """Seconds by stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def time(self, stage: str) -> Iterator[None]:
+        """Adds the duration of the block to the stage's."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - start
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + spent
+
+
+def check(
+    reference: Reference,
+    bundle: Runner,
+    matrix: CaseMatrix,
+    prompts: Sequence[Prompt] = (),
+    *,
+    options: CheckOptions | None = None,
+    progress: Progress | None = None,
+) -> ParityReport:
+    """Whether the bundle computes what the reference computes.
+
+    Args:
+        reference: the model with its adapter active.
+        bundle: the exported model.
+        matrix: texts and cases.
+        prompts: for greedy generation; none to leave it out.
+        options: what the check covers.
+        progress: gets a phase for the reference and one for the bundle.
+
+    Raises:
+        ParityError: the reference itself gives NaN or infinite values, so that nothing can be
+            compared.
+    """
+    options, progress, clock = options or CheckOptions(), progress or Silent(), Clock()
+    progress.phase("Running the reference", len(matrix.texts) + len(matrix.cases), "cases")
+    with clock.time("reference"):
+        known, exact = _read_texts(reference, matrix.texts, progress)
+        noise, warnings = _measure_noise(reference, matrix.cases, known, progress)
+        limits = _derive_limits(noise, exact=exact, dtype=_dtype(bundle))
+        effect = _measure_effect(reference, known, limits)
+    progress.phase("Running the bundle", len(matrix.cases), "cases")
+    with clock.time("bundle"):
+        results = tuple(_run_bundle(bundle, matrix.cases, known, limits, progress))
+    generation = None
+    if prompts:
+        progress.phase("Generating on both sides", 2 * options.new_tokens, "tokens")
+        with clock.time("generation"):
+            generation = compare_generation(
+                reference, bundle, prompts, options.new_tokens, limits[LOGITS], progress
+            )
+    if effect is not None and effect.is_blind:
+        warnings.append(_blind(effect))
+    return ParityReport(
+        cases=results,
+        generation=generation,
+        effect=effect,
+        limits=limits,
+        exact=exact,
+        real_text=options.real_text,
+        seed=options.seed,
+        warnings=warnings,
+        seconds=clock.seconds,
+        provider=options.provider,
+    )
+
+
+def _dtype(bundle: Runner) -> str:
+    return next(spec.dtype for spec in bundle.signature.outputs if spec.name == LOGITS)
+
+
+def _read_texts(
+    reference: Reference, texts: Sequence[Text], progress: Progress
+) -> tuple[dict[Text, Results], bool]:
+    """What every text has to give, and whether that was computed in float64."""
+    exact = reference.exact()
+    known: dict[Text, Results] = {}
+    for text in texts:
+        known[text] = read_text(exact or reference, text)
+        _check_finite(text, known[text])
+        progress.advance(1, text.name)
+    return known, exact is not None
+
+
+def _check_finite(text: Text, results: Results) -> None:
+    for name, values in results.outputs().items():
+        bad = int(np.count_nonzero(~np.isfinite(values)))
+        if bad:
+            raise ParityError(
+                f"the reference model gives {bad} NaN or infinite values in {name} for "
+                f"{text.name}; nothing can be compared with them",
+                hint="look for NaN in the base model or the adapter: peft-deploy inspect",
+            )
+
+
+def _compare(
+    case: Case, results: Results, known: Mapping[Text, Results], *, brief: bool = False
+) -> Differences:
+    want, have = expected(case, known).outputs(), results.outputs()
+    return {
+        name: measure(values, have[name], counted(case, name), logits=name == LOGITS, brief=brief)
+        for name, values in want.items()
+    }
+
+
+def _measure_noise(
+    reference: Reference,
+    cases: Sequence[Case],
+    known: Mapping[Text, Results],
+    progress: Progress,
+) -> tuple[list[Differences], list[str]]:
+    """The reference's own differences on every case where it agrees with itself, and what to say
+    of the rest.
+    """
+    noise, warnings = [], []
+    for case in cases:
+        cache = given_cache(case, known) if case.given else {}
+        differences = _compare(case, run_case(reference, case, cache), known, brief=True)
+        wrong = [name for name, d in differences.items() if not is_sane(d)]
+        if wrong:
+            worst = max(wrong, key=lambda name: differences[name].relative_max)
+            warnings.append(
+                f"the reference disagrees with itself on “{case.name}”: {worst} differs by "
+                f"{differences[worst].max_abs:.3g} from the same tokens read alone and unpadded; "
+                "the bundle is held to the latter"
+            )
+        else:
+            noise.append(differences)
+        progress.advance(1, case.name)
+    if not noise:
+        raise ParityError(
+            "the reference model agrees with itself on no case, so its numbers measure nothing",
+            hint="look at the base model: its outputs change with padding and with the cache",
+        )
+    return noise, warnings
+
+
+def _derive_limits(noise: Sequence[Differences], *, exact: bool, dtype: str) -> dict[str, Limit]:
+    return {
+        name: derive_limit((d[name] for d in noise), exact=exact, dtype=dtype) for name in noise[0]
+    }
+
+
+def _measure_effect(
+    reference: Reference, known: Mapping[Text, Results], limits: Mapping[str, Limit]
+) -> Effect | None:
+    """How far the logits are without the adapter, on the longest text."""
+    plain = reference.without_adapters()
+    if plain is None:
+        return None
+    text = max(known, key=len)
+    counts = np.ones((1, len(text)), bool)
+    without = read_text(plain, text)
+    difference = measure(known[text].logits, without.logits, counts, logits=True)
+    return Effect(difference, limits[LOGITS])
+
+
+def _run_bundle(
+    bundle: Runner,
+    cases: Sequence[Case],
+    known: Mapping[Text, Results],
+    limits: Mapping[str, Limit],
+    progress: Progress,
+) -> Iterator[CaseResult]:
+    for case in cases:
+        start = time.perf_counter()
+        cache = given_cache(case, known) if case.given else {}
+        try:
+            results = run_case(bundle, case, cache)
+        except ExecutionError as exc:
+            yield CaseResult(case.name, case.group, case.describe(), problem=str(exc))
+        else:
+            seconds = time.perf_counter() - start
+            outputs = {
+                name: OutputResult(difference, limits[name])
+                for name, difference in _compare(case, results, known).items()
+            }
+            yield CaseResult(case.name, case.group, case.describe(), outputs, seconds=seconds)
+        progress.advance(1, case.name)
+
+
+def _blind(effect: Effect) -> str:
+    proves_nothing = "this check proves nothing about it"
+    reach = effect.difference.max_abs
+    if reach == 0:
+        return f"the adapter changes nothing (is its lora_B still zero?): {proves_nothing}"
+    limit = effect.limit.maximum * effect.difference.scale
+    return (
+        f"the adapter changes the logits by at most {reach:.3g}, against a limit of {limit:.3g}: "
+        f"{proves_nothing}"
+    )

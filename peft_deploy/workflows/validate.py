@@ -1,0 +1,163 @@
+"""Checks a bundle against the model that it was made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peft_deploy.base import BaseModel
+from peft_deploy.bundle import Manifest
+from peft_deploy.errors import AdapterError, CheckpointError
+from peft_deploy.families import DecoderFamily
+from peft_deploy.parity.cases import CaseMatrix, build_matrix
+from peft_deploy.parity.gate import CheckOptions, check
+from peft_deploy.parity.generation import Prompt
+from peft_deploy.parity.passages import PASSAGE, PROMPTS
+from peft_deploy.parity.report import ParityReport
+from peft_deploy.progress import Progress, Silent
+from peft_deploy.runtime import OnnxRunner
+from peft_deploy.text import Tokenizer
+from peft_deploy.workflows.sources import ExportSource, from_folders
+
+if TYPE_CHECKING:
+    from paddle import nn
+
+NEW_TOKENS = 32
+_TOKENIZER = "tokenizer.json"
+
+
+def validate(
+    bundle: str | Path,
+    base: str | Path | BaseModel,
+    *,
+    adapter: str | Path | None = None,
+    provider: str = "cpu",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> ParityReport:
+    """Checks a bundle against the folders that it was made of. A bundle that fails is no error.
+
+    Args:
+        bundle: the bundle's folder.
+        base: the base model's folder, or a name that PaddleNLP can download.
+        adapter: the folder of the adapter that was merged, if any.
+        provider: what runs the bundle, ``"cpu"`` or ``"cuda"``.
+        seed: of the random tokens.
+        progress: is told about every phase.
+
+    Raises:
+        BundleError: the folder is no bundle, or not what its manifest says.
+        CheckpointError: the base model is not the one that the bundle was made of.
+        AdapterError: likewise the adapter.
+
+    Example:
+        >>> import peft_deploy
+        >>> report = peft_deploy.validate("bundle/", "base/", adapter="adapter/")  # doctest: +SKIP
+        >>> report.passed  # doctest: +SKIP
+        True
+    """
+    folder, progress = Path(bundle).expanduser(), progress or Silent()
+    manifest = Manifest.read(folder)
+    source = from_folders(base, adapter)
+    progress.phase("Comparing fingerprints")
+    check_origin(manifest, source)
+    model = source.load_reference(progress)
+    return check_bundle(
+        folder,
+        model,
+        source.family,
+        source.config,
+        provider=provider,
+        seed=seed,
+        progress=progress,
+    )
+
+
+def check_bundle(
+    folder: Path,
+    model: nn.Layer,
+    family: DecoderFamily,
+    config: Mapping[str, Any],
+    *,
+    provider: str = "cpu",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> ParityReport:
+    """Checks a bundle against a model in memory.
+
+    Args:
+        folder: the bundle, sealed or not.
+        model: in the dynamic graph, its adapter active and not merged; left as it was.
+        family: of the model.
+        config: the base model's config.json.
+        provider: what runs the bundle.
+        seed: of the random tokens.
+        progress: gets a phase for the reference, the bundle and the generation.
+    """
+    from peft_deploy.parity.reference import PaddleReference
+
+    reference = PaddleReference(model, family, config)
+    runner = OnnxRunner(folder, reference.signature, provider=provider)
+    max_positions = family.dims(config).max_positions
+    tokenizer = Tokenizer.from_folder(folder) if (folder / _TOKENIZER).is_file() else None
+    real_ids = None if tokenizer is None else tokenizer.encode(PASSAGE)
+    matrix = build_matrix(reference.signature, max_positions, real_ids=real_ids, seed=seed)
+    prompts = make_prompts(matrix, tokenizer)
+    room = max_positions - max(len(prompt.ids) for prompt in prompts)
+    options = CheckOptions(
+        seed=seed,
+        real_text=tokenizer is not None,
+        new_tokens=min(NEW_TOKENS, room),
+        provider=provider,
+    )
+    return check(reference, runner, matrix, prompts, options=options, progress=progress)
+
+
+def make_prompts(matrix: CaseMatrix, tokenizer: Tokenizer | None) -> list[Prompt]:
+    """Real prompts, or without a tokenizer the beginnings of the matrix's texts."""
+    if tokenizer is not None:
+        return [Prompt(text, tuple(tokenizer.encode(text))) for text in PROMPTS]
+    return [
+        Prompt(f"{text.name}, 8", tuple(text.ids[:8].tolist()))
+        for text in matrix.texts
+        if text.start == 0
+    ]
+
+
+def check_origin(manifest: Manifest, source: ExportSource) -> None:
+    """Passes when a bundle was made of this base model and this adapter.
+
+    Raises:
+        CheckpointError: it was made of another base model.
+        AdapterError: it was made with another adapter, or with none.
+    """
+    recorded = manifest.base["fingerprint"]
+    if source.fingerprint() != recorded:
+        raise CheckpointError(
+            f"the bundle was made of the base model {manifest.base.get('name')} with fingerprint "
+            f"{recorded[:12]}; {source.name} has {source.fingerprint()[:12]}",
+            hint="give the base model that the bundle was exported from",
+        )
+    merged: Sequence[Mapping[str, Any]] = manifest.adapters
+    if source.adapter is None:
+        if merged:
+            names = ", ".join(str(entry["name"]) for entry in merged)
+            raise AdapterError(
+                f"the bundle has the adapter {names} merged into it, and none was given",
+                hint="add --adapter with the folder of that adapter",
+            )
+        return
+    fingerprint = source.adapter.adapter.fingerprint
+    if not merged:
+        raise AdapterError(
+            f"the bundle was made without an adapter; {source.adapter.name} was given",
+            hint="leave --adapter out",
+        )
+    if fingerprint not in [entry["fingerprint"] for entry in merged]:
+        recorded = ", ".join(f"{e['name']} ({e['fingerprint'][:12]})" for e in merged)
+        raise AdapterError(
+            f"the bundle was made with the adapter {recorded}; {source.adapter.name} has the "
+            f"fingerprint {fingerprint[:12]}",
+            hint="give the very adapter that the bundle was exported with",
+        )
