@@ -21,6 +21,7 @@ Every message says what failed, the value at fault and what would have been righ
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from typing import Any
 
 
 class PeftDeployError(Exception):
@@ -100,9 +101,19 @@ class ExecutionError(PeftDeployError):
 
 
 class ParityError(PeftDeployError):
-    """The exported model runs, and its results are not those of the reference."""
+    """The exported model runs, and its results are not those of the reference.
+
+    Args:
+        message: see :class:`PeftDeployError`.
+        hint: see :class:`PeftDeployError`.
+        report: the check's report, a ``peft_deploy.parity.ParityReport``, when the check came to its end.
+    """
 
     exit_code = 7
+
+    def __init__(self, message: str, *, hint: str | None = None, report: Any = None) -> None:
+        super().__init__(message, hint=hint)
+        self.report = report
 
 
 MAX_LISTED = 10  # names in one list of a message; the rest is counted

@@ -1,1 +1,57 @@
-"""TBD."""
+"""The command line: parses, calls a workflow, prints. Holds no logic of its own.
+
+Every command is imported when it is called, so that ``--help`` needs nothing but click.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import click
+
+__all__ = ["cli", "main"]
+
+# Command → (module, attribute, the line that --help shows). Kept here so that help imports no command.
+_COMMANDS = {
+    "train": ("peft_deploy.cli.train", "train_command", "Fine-tune a model with LoRA."),
+    "export": ("peft_deploy.cli.export", "export_command", "Make an ONNX bundle of a model and its adapter."),
+    "validate": (
+        "peft_deploy.cli.validate",
+        "validate_command",
+        "Check a bundle against the model that it was made of.",
+    ),
+    "generate": ("peft_deploy.cli.generate", "generate_command", "Generate text with a bundle."),
+    "inspect": (
+        "peft_deploy.cli.inspect",
+        "inspect_command",
+        "Say what a checkpoint, an adapter or a bundle is.",
+    ),
+    "doctor": ("peft_deploy.cli.doctor", "doctor_command", "Check this machine and its packages."),
+}
+
+
+class _LazyGroup(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        module, attribute, _ = _COMMANDS[cmd_name]
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, _, text) in _COMMANDS.items()])
+
+
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="peft-deploy", prog_name="peft-deploy")
+def cli() -> None:
+    """From a PaddlePaddle model fine-tuned with LoRA to a verified ONNX bundle."""
+
+
+def main() -> None:
+    """Entry point of the ``peft-deploy`` script."""
+    cli(prog_name="peft-deploy")

@@ -7,8 +7,10 @@ from peft_deploy.environment import require_paddle
 require_paddle("tracing a model")
 
 import json
+import sys
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from peft_deploy.signature import GraphSignature, TensorSpec
 from peft_deploy.trace.preflight import OperatorUse
 
 Array = npt.NDArray[np.generic]
+_CALLSTACK_FRAMES = 8  # Paddle's own frames above the user's line are at most four deep
 
 
 @dataclass(frozen=True)
@@ -104,10 +107,25 @@ def trace_decoder(model: nn.Layer, family: DecoderFamily, signature: GraphSignat
     )
 
 
+@contextmanager
+def _short_callstacks() -> Iterator[None]:
+    """Paddle keeps the call stack of every operator; the innermost frames are all that a message needs."""
+    limit = getattr(sys, "tracebacklimit", None)
+    sys.tracebacklimit = _CALLSTACK_FRAMES
+    try:
+        yield
+    finally:
+        if limit is None:
+            del sys.tracebacklimit
+        else:
+            sys.tracebacklimit = limit
+
+
 def _concrete_program(stand_in: nn.Layer, input_spec: list[Any]) -> Any:
     try:
-        static = paddle.jit.to_static(stand_in, input_spec=input_spec, full_graph=True)
-        return static.forward.concrete_program
+        with _short_callstacks():
+            static = paddle.jit.to_static(stand_in, input_spec=input_spec, full_graph=True)
+            return static.forward.concrete_program
     except Exception as exc:  # Paddle raises whatever the traced code or its own rewriting raises
         reason = str(exc).strip().splitlines()
         raise TraceError(

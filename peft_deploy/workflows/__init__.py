@@ -1,1 +1,9 @@
-"""TBD."""
+"""Whole jobs, which the command line and the Python API both call.
+
+Owns the order in which the packages above are put to work, and nothing else. Paddle is needed only by what a
+job needs it for: validating in the dynamic graph.
+"""
+
+from peft_deploy.workflows.export import ExportResult, export
+
+__all__ = ["ExportResult", "export"]

@@ -1,0 +1,70 @@
+"""What every command does alike: options, errors, exit codes, where output goes."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
+
+import click
+
+from peft_deploy.environment import DEBUG_VARIABLE
+from peft_deploy.errors import PeftDeployError
+
+F = TypeVar("F", bound=Callable[..., Any])
+INTERRUPTED = 130  # what shells report for a program that Ctrl-C ended
+
+
+def common_options(command: F) -> F:
+    """Adds ``--json`` (passed on as ``as_json``) and ``--debug``, and turns errors into exit codes.
+
+    Data goes to stdout, everything for people to stderr.
+    """
+
+    @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+    @click.option("--debug", is_flag=True, help="Show tracebacks and the log lines of Paddle and ONNX Runtime.")
+    @functools.wraps(command)
+    def run(*args: Any, debug: bool, **kwargs: Any) -> Any:
+        if debug:
+            os.environ[DEBUG_VARIABLE] = "1"
+        try:
+            return command(*args, **kwargs)
+        except PeftDeployError as exc:
+            fail(exc, debug=debug, as_json=bool(kwargs.get("as_json")))
+        except KeyboardInterrupt:
+            say("[yellow]interrupted[/]; nothing was left half-written")
+            sys.exit(INTERRUPTED)
+
+    return run  # type: ignore[return-value]
+
+
+def fail(error: PeftDeployError, *, debug: bool, as_json: bool) -> NoReturn:
+    """Prints an error and its hint and ends the program with its exit code."""
+    if debug:
+        traceback.print_exception(error)
+    if as_json:
+        emit_json(
+            {"error": type(error).__name__, "message": error.message, "hint": error.hint}
+        )
+    from rich.markup import escape
+
+    say(f"[bold red]error:[/] {escape(error.message)}")
+    if error.hint:
+        say(f"[bold]hint:[/]  {escape(error.hint)}")
+    sys.exit(error.exit_code)
+
+
+def emit_json(data: Any) -> None:
+    """One JSON document on stdout."""
+    click.echo(json.dumps(data, indent=2, ensure_ascii=False, default=str))
+
+
+def say(message: object) -> None:
+    """A line for people, on stderr; rich markup is understood."""
+    from rich.console import Console
+
+    Console(stderr=True, highlight=False, soft_wrap=True).print(message)

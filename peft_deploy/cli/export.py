@@ -1,0 +1,100 @@
+"""``peft-deploy export``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from peft_deploy.cli._common import common_options, emit_json, say
+from peft_deploy.config.export import DEFAULT_OPSET
+
+if TYPE_CHECKING:
+    from peft_deploy.workflows.export import ExportResult
+
+
+@click.command("export")
+@click.option("--base", required=True, help="Base model: a folder, or a name that PaddleNLP can download.")
+@click.option("--adapter", metavar="[NAME=]DIR", help="LoRA adapter to export with it.")
+@click.option("--merge", is_flag=True, help="Merge the adapter into the weights.")
+@click.option(
+    "--output", required=True, type=click.Path(path_type=Path), help="The bundle's folder."
+)
+@click.option("--opset", type=int, default=DEFAULT_OPSET, show_default=True, help="ONNX operator set.")
+@click.option("--no-validate", is_flag=True, help="Leave out the check against the dynamic graph.")
+@click.option("--keep-failed", is_flag=True, help="Keep a bundle that failed the check.")
+@click.option("--force", is_flag=True, help="Replace the bundle that is there.")
+@click.option("--dry-run", is_flag=True, help="Check the inputs and say what would be done.")
+@common_options
+def export_command(
+    base: str,
+    adapter: str | None,
+    merge: bool,
+    output: Path,
+    opset: int,
+    no_validate: bool,
+    keep_failed: bool,
+    force: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Make an ONNX bundle of a base model and the LoRA adapter trained on it.
+
+    The bundle is checked against the model in Paddle's dynamic graph before it is put in place.
+    """
+    from peft_deploy.cli._progress import RichProgress
+    from peft_deploy.config.export import ExportOptions
+    from peft_deploy.errors import ParityError
+    from peft_deploy.workflows.export import export
+
+    options = ExportOptions(
+        merge=merge,
+        opset=opset,
+        validate=not no_validate,
+        keep_failed=keep_failed,
+        force=force,
+        dry_run=dry_run,
+    )
+    try:
+        with RichProgress() as progress:
+            result = export(base, output, adapter=adapter, options=options, progress=progress)
+    except ParityError as exc:
+        if exc.report is not None:
+            say(exc.report.table())
+        raise
+    if as_json:
+        emit_json(_data(result))
+    else:
+        _show(result)
+    if result.parity is not None and not result.parity.passed:
+        raise ParityError(
+            "the exported model does not compute what was trained", hint=f"it is kept in {output}"
+        )
+
+
+def _data(result: ExportResult) -> dict[str, Any]:
+    return {
+        "output": str(result.output),
+        "plan": result.plan,
+        "seconds": result.seconds,
+        "peak_memory": result.peak_memory,
+        "parity": None if result.parity is None else result.parity.to_dict(),
+    }
+
+
+def _show(result: ExportResult) -> None:
+    if result.plan:
+        for line in result.plan:
+            say(line)
+        return
+    if result.parity is not None:
+        say(result.parity.table())
+    files = sorted(p for p in result.output.rglob("*") if p.is_file())
+    size = sum(p.stat().st_size for p in files)
+    verdict = "[green]verified[/]" if result.parity is not None else "[yellow]not verified[/]"
+    seconds = sum(result.seconds.values())
+    say(
+        f"{result.output}: {size / 1e6:,.0f} MB in {len(files)} files, {verdict}; "
+        f"{seconds:.1f} s, peak memory {result.peak_memory / 1e6:,.0f} MB"
+    )

@@ -1,0 +1,292 @@
+"""From a model and an adapter to a bundle on disk."""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peft_deploy.base import BaseModel
+from peft_deploy.bundle import (
+    MODEL,
+    MODEL_DATA,
+    BundleFolder,
+    Manifest,
+    genai_config,
+    special_token_ids,
+)
+from peft_deploy.bundle.folder import check_output, disk_errors
+from peft_deploy.config.export import ExportOptions
+from peft_deploy.convert import (
+    ConversionJob,
+    ConvertedGraph,
+    bind_weights,
+    check_graph,
+    run_pipeline,
+    write_model,
+)
+from peft_deploy.errors import ConfigError, ParityError
+from peft_deploy.families import NameMap
+from peft_deploy.progress import Progress, Silent
+from peft_deploy.weights import TensorSource
+from peft_deploy.workflows.sources import ExportSource, from_folders
+
+if TYPE_CHECKING:
+    from paddle import nn
+
+    from peft_deploy.parity import ParityReport
+
+_PACKAGES = ("peft-deploy", "onnx-ir", "onnxruntime", "numpy")
+_DTYPE = "float32"
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What an export did.
+
+    Args:
+        output: the bundle's folder; after a dry run, where it would have been.
+        manifest: the bundle's manifest; None after a dry run.
+        parity: the check's report; None when it was left out.
+        seconds: phase → seconds.
+        peak_memory: the larger of this process's and its children's peak resident memory, in bytes.
+        plan: what would be done, in words; only after a dry run.
+    """
+
+    output: Path
+    manifest: Manifest | None
+    parity: ParityReport | None
+    seconds: dict[str, float]
+    peak_memory: int
+    plan: list[str] = field(default_factory=list)
+
+
+def export(
+    base: str | Path | BaseModel | nn.Layer,
+    output: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    options: ExportOptions | None = None,
+    progress: Progress | None = None,
+) -> ExportResult:
+    """Makes a bundle.
+
+    Args:
+        base: the base model's folder, a name that PaddleNLP can download, or a PaddleNLP model or ``LoRAModel`` in
+            memory, which is left as it was.
+        output: the bundle's folder.
+        adapter: the adapter's folder, or ``NAME=FOLDER``; not for a model in memory, which brings its own.
+        tokenizer: a folder with tokenizer files; for a model in memory.
+        options: how; defaults are those of the command line.
+        progress: is told about every phase.
+
+    Raises:
+        PeftDeployError: see :mod:`peft_deploy.errors`; the output folder is then as it was before.
+
+    Example:
+        >>> import peft_deploy
+        >>> peft_deploy.export("base/", "bundle/", adapter="adapter/")  # doctest: +SKIP
+    """
+    options, clock = options or ExportOptions(), _Clock(progress or Silent())
+    output = Path(output).expanduser()
+    check_output(output, force=options.force)
+    clock.phase("Reading names and shapes")
+    source = _source(base, adapter, tokenizer, options)
+    tensors = source.merged(_DTYPE)
+    if options.dry_run:
+        return ExportResult(output, None, None, clock.done(), _peak(), _plan(source, tensors))
+    with ExitStack() as stack:
+        job = stack.enter_context(ConversionJob(source.config, options.opset))
+        folder = stack.enter_context(BundleFolder(output, force=options.force))
+        fingerprint = source.fingerprint()  # while the child imports Paddle
+        converted = job.result(clock.phase)
+        counts, removed = _finish_graph(converted, source, tensors, options)
+        with disk_errors(output):
+            write_model(converted.model, folder.path / MODEL, MODEL_DATA, clock)
+        _write_configs(folder, source)
+        clock.phase("Hashing files")
+        manifest = _manifest(
+            source, options, converted, folder.hashes(), fingerprint, {"operators": counts, "removed": removed}
+        )
+        folder.seal(manifest)
+        report = None
+        if options.validate:
+            manifest, report = _validate(folder, source, manifest, clock)
+            if not report.passed and not options.keep_failed:
+                raise ParityError(
+                    f"the exported model does not compute what was trained: {report.summary()}",
+                    hint="nothing was left behind; --keep-failed keeps the bundle for a closer look",
+                    report=report,
+                )
+        folder.commit()
+    return ExportResult(output, manifest, report, clock.done(), _peak())
+
+
+def _source(
+    base: str | Path | BaseModel | nn.Layer,
+    adapter: str | Path | None,
+    tokenizer: str | Path | None,
+    options: ExportOptions,
+) -> ExportSource:
+    if isinstance(base, str | Path | BaseModel):
+        if adapter is not None and not options.merge:
+            raise ConfigError(
+                "an adapter was given without saying what to do with it", hint="add --merge"
+            )
+        return from_folders(base, adapter)
+    if adapter is not None:
+        raise ConfigError("a model in memory brings its own adapter; give a folder as base to add one")
+    from peft_deploy.workflows.in_memory import from_memory
+
+    return from_memory(base, None if tokenizer is None else Path(tokenizer))
+
+
+def _finish_graph(
+    converted: ConvertedGraph, source: ExportSource, tensors: TensorSource, options: ExportOptions
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Names, weights, clean-up and checks; the counts of operators, and of nodes that each pass removed."""
+    signature = source.family.signature(source.config, _DTYPE)
+    names = source.family.name_map
+    bind_weights(converted, tensors, lambda parameter: _initializer(names, parameter))
+    removed = run_pipeline(converted, signature, names)
+    return check_graph(converted.model, signature, options.opset), removed
+
+
+def _initializer(names: NameMap, parameter: str) -> str:
+    """Weights go by Hugging Face's names, which the tools around ONNX know; their layout is [in, out]."""
+    mapped = names.to_huggingface(parameter)
+    return mapped.name if mapped else parameter
+
+
+def _write_configs(folder: BundleFolder, source: ExportSource) -> None:
+    for file in source.companions:
+        folder.copy(file)
+    config = source.family.huggingface_config(source.config)
+    generation = next((p for p in source.companions if p.name == "generation_config.json"), None)
+    tokens = special_token_ids(
+        source.config, None if generation is None else json.loads(generation.read_text("utf-8"))
+    )
+    genai = genai_config(source.family.model_type, source.family.dims(source.config), tokens)
+    folder.write_text("config.json", _json(config))
+    folder.write_text("genai_config.json", _json(genai))
+
+
+def _manifest(
+    source: ExportSource,
+    options: ExportOptions,
+    converted: ConvertedGraph,
+    hashes: dict[str, str],
+    fingerprint: str,
+    graph: dict[str, Any],
+) -> Manifest:
+    return Manifest(
+        versions=_versions() | converted.versions,
+        model_type=source.family.model_type,
+        architecture=source.family.paddle_model,
+        signature=source.family.signature(source.config, _DTYPE),
+        opset=options.opset,
+        precision="fp32",
+        base={"name": source.name, "layout": source.layout, "fingerprint": fingerprint},
+        adapters=[_adapter_entry(source)] if source.adapter else [],
+        files=hashes,
+        graph=graph,
+    )
+
+
+def _adapter_entry(source: ExportSource) -> dict[str, Any]:
+    assert source.adapter is not None
+    adapter = source.adapter.adapter
+    return {
+        "name": source.adapter.name,
+        "method": "lora",
+        "mode": "merged",
+        "rank": adapter.config.r,
+        "scaling": adapter.config.scaling,
+        "targets": sorted(adapter.pairs),
+        "replaced": sorted(adapter.replacements),
+        "fingerprint": adapter.fingerprint,
+    }
+
+
+def _validate(
+    folder: BundleFolder, source: ExportSource, manifest: Manifest, clock: _Clock
+) -> tuple[Manifest, ParityReport]:
+    from dataclasses import replace
+
+    from peft_deploy.workflows.validate import check_bundle
+
+    reference = source.load_reference(clock)
+    report = check_bundle(folder.path, reference, source.family, source.config, progress=clock)
+    manifest = replace(manifest, parity=report.to_dict())
+    folder.seal(manifest)
+    return manifest, report
+
+
+def _plan(source: ExportSource, tensors: TensorSource) -> list[str]:
+    total = sum(tensors.info(name).nbytes for name in tensors.names())
+    plan = [
+        f"base model {source.name}: {source.family.paddle_model}, {len(tensors.names())} tensors, "
+        f"{source.layout} layout"
+    ]
+    if source.adapter:
+        adapter = source.adapter.adapter
+        plan.append(
+            f"adapter {source.adapter.name}: LoRA of rank {adapter.config.r} on {len(adapter.pairs)} layers, "
+            f"{len(adapter.replacements)} replaced tensors; it fits the base model"
+        )
+    plan.append(f"the bundle would hold {total / 1e6:,.0f} MB of {_DTYPE} weights")
+    return plan
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _peak() -> int:
+    usage = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return max(usage) * 1024  # Linux counts in KiB
+
+
+def _json(data: Mapping[str, Any]) -> str:
+    return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+
+
+class _Clock:
+    """Passes progress on and keeps the time of every phase."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._seconds: dict[str, float] = {}
+        self._title = ""
+        self._start = time.perf_counter()
+
+    def phase(self, title: str, total: int | None = None, unit: str = "") -> None:
+        self._stop()
+        self._title = title
+        self._progress.phase(title, total, unit)
+
+    def advance(self, amount: int = 1, item: str = "") -> None:
+        self._progress.advance(amount, item)
+
+    def done(self) -> dict[str, float]:
+        self._stop()
+        return {title: round(seconds, 3) for title, seconds in self._seconds.items()}
+
+    def _stop(self) -> None:
+        now = time.perf_counter()
+        if self._title:
+            self._seconds[self._title] = self._seconds.get(self._title, 0.0) + now - self._start
+        self._start = now

@@ -1,0 +1,112 @@
+"""Where a model to be exported comes from: folders on disk, or a model in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peft_deploy.adapters.formats import Adapter, read_adapter
+from peft_deploy.base import BaseModel, open_base
+from peft_deploy.errors import ConfigError
+from peft_deploy.families import DecoderFamily
+from peft_deploy.progress import Progress
+from peft_deploy.weights import AdapterTensors, MergedTensors, TensorSource
+
+if TYPE_CHECKING:
+    from paddle import nn
+
+
+@dataclass(frozen=True)
+class NamedAdapter:
+    """An adapter and the name it goes by in the bundle."""
+
+    name: str
+    adapter: Adapter
+
+
+@dataclass(frozen=True)
+class ExportSource:
+    """Everything that an export needs to know of a model and its adapter.
+
+    Args:
+        name: of the base model, for messages and the manifest.
+        config: the base model's config.json.
+        family: the base model's family.
+        tensors: the base model's weights, in PaddleNLP's names and layout.
+        layout: of the checkpoint they come from: ``huggingface``, ``paddlenlp`` or ``memory``.
+        fingerprint: identifies the base model's weights; computed when called.
+        adapter: to be merged, if any.
+        companions: tokenizer and generation files that go into the bundle.
+        load_reference: gives the model in the dynamic graph, adapter active and not merged.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    family: DecoderFamily
+    tensors: TensorSource
+    layout: str
+    fingerprint: Callable[[], str]
+    adapter: NamedAdapter | None
+    load_reference: Callable[[Progress], nn.Layer]
+    companions: list[Path] = field(default_factory=list)
+
+    def merged(self, dtype: str) -> TensorSource:
+        """The weights of the bundle, computed as they are read.
+
+        Raises:
+            AdapterError: the adapter does not fit the base model.
+        """
+        if self.adapter is None:
+            return MergedTensors(self.tensors, AdapterTensors({}, {}), dtype)
+        return self.adapter.adapter.merge_into(self.tensors, dtype)
+
+
+def from_folders(base: str | Path | BaseModel, adapter: str | Path | None) -> ExportSource:
+    """A base model and an adapter on disk.
+
+    Args:
+        base: the base model's folder, or a name that PaddleNLP can download.
+        adapter: the adapter's folder, ``NAME=FOLDER`` to name it in the bundle; none to export the base alone.
+
+    Raises:
+        CheckpointError, AdapterError, UnsupportedModelError: what is wrong with either.
+    """
+    model = base if isinstance(base, BaseModel) else open_base(base)
+    named = None if adapter is None else _read_named(str(adapter))
+
+    def load_reference(progress: Progress) -> nn.Layer:
+        from peft_deploy.base.dygraph import load_model
+
+        layer = load_model(model, progress=progress)
+        if named is None:
+            return layer
+        from peft_deploy.adapters.lora import LoRAModel
+
+        adapted = LoRAModel.from_pretrained(layer, named.adapter.path)
+        adapted.eval()
+        return adapted
+
+    return ExportSource(
+        name=model.name,
+        config=model.config,
+        family=model.family,
+        tensors=model.tensors,
+        layout=model.tensors.layout,
+        fingerprint=lambda: model.fingerprint,
+        adapter=named,
+        load_reference=load_reference,
+        companions=model.companions(),
+    )
+
+
+def _read_named(text: str) -> NamedAdapter:
+    name, separator, folder = text.partition("=")
+    if not separator or Path(text).exists():
+        name, folder = "", text
+    path = Path(folder).expanduser()
+    name = name or path.resolve().name
+    if not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
+        raise ConfigError(f"the adapter name {name!r} may hold only letters, digits and . _ -")
+    return NamedAdapter(name, read_adapter(path))
