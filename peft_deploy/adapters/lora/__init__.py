@@ -8,16 +8,22 @@ from peft_deploy.environment import require_paddle
 
 require_paddle("LoRA in the dynamic graph")
 
+from peft_deploy.adapters.lora.conv import LoRAConv2D  # noqa: E402
+from peft_deploy.adapters.lora.embedding import LoRAEmbedding  # noqa: E402
 from peft_deploy.adapters.lora.layer import LoRALayer  # noqa: E402
 from peft_deploy.adapters.lora.linear import LoRALinear  # noqa: E402
+from peft_deploy.adapters.lora.merged_linear import LoRAMergedLinear  # noqa: E402
 from peft_deploy.adapters.lora.model import LoRAModel  # noqa: E402
 from peft_deploy.adapters.lora.trainable import mark_only_lora_as_trainable  # noqa: E402
 from peft_deploy.config import LoRAConfig  # noqa: E402
 
 __all__ = [
     "LoRAConfig",
+    "LoRAConv2D",
+    "LoRAEmbedding",
     "LoRALayer",
     "LoRALinear",
+    "LoRAMergedLinear",
     "LoRAModel",
     "mark_only_lora_as_trainable",
 ]

@@ -13,22 +13,11 @@ from paddle import nn
 from peft_deploy.adapters.lora.arrays import assign, to_array
 from peft_deploy.adapters.lora.dispatch import make_lora_layer
 from peft_deploy.adapters.lora.layer import LoRALayer
+from peft_deploy.adapters.lora.targets import Place, all_places, find_targets, module_at
 from peft_deploy.adapters.lora.trainable import extra_parameters
-from peft_deploy.config import LoRAConfig, LoRAConfigError, match_patterns
+from peft_deploy.config import LoRAConfig
 from peft_deploy.errors import AdapterError, listed
 from peft_deploy.weights.source import Array
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a module hangs: under ``attribute`` of ``parent``."""
-
-    parent: nn.Layer
-    attribute: str
-
-    def put(self, module: nn.Layer) -> None:
-        """Hangs another module there."""
-        setattr(self.parent, self.attribute, module)
 
 
 @dataclass
@@ -86,10 +75,10 @@ class Attachment:
         """
         targets = find_targets(model, config, quiet=quiet)
         attachment = cls(model, config)
-        places = _places(model)
+        places = all_places(model)
         try:
             for name, parts in targets.items():
-                module = _module(model, name)
+                module = module_at(model, name)
                 layer = make_lora_layer(name, module, config, parts)
                 layer.where = f"{name}.weight"
                 layer.detach()
@@ -234,53 +223,3 @@ class Attachment:
                 + listed(shared),
                 hint="keep the adapter unmerged, or untie the weights first",
             )
-
-
-def find_targets(
-    model: nn.Layer, config: LoRAConfig, *, quiet: bool = False
-) -> dict[str, list[bool] | None]:
-    """The modules that ``target_modules`` means, with the fused parts to adapt (None for ordinary
-    layers).
-
-    Raises:
-        LoRAConfigError: a pattern matches nothing, or two patterns want different parts of one
-            module.
-        AdapterError: there are LoRA layers in the model already.
-    """
-    modules = dict(model.named_sublayers())
-    wrapped = [name for name, module in modules.items() if isinstance(module, LoRALayer)]
-    if wrapped:
-        raise AdapterError(
-            f"the model already has LoRA layers:\n{listed(wrapped)}",
-            hint="call restore_original_model() first, or load_adapter() for a second adapter",
-        )
-    patterns = config.target_patterns
-    if not patterns:
-        return {}
-    matches = match_patterns(patterns, list(modules), "target_modules", quiet=quiet)
-    targets: dict[str, list[bool] | None] = {}
-    for pattern, parts in zip(patterns, config.enabled_parts(), strict=True):
-        for name in matches[pattern]:
-            if name in targets and targets[name] != parts:
-                raise LoRAConfigError(
-                    f"enable_lora_list wants both {targets[name]} and {parts} of {name}, "
-                    "which two patterns of target_modules match"
-                )
-            targets[name] = parts
-    return {name: targets[name] for name in modules if name in targets}
-
-
-def _module(model: nn.Layer, name: str) -> nn.Layer:
-    for part in name.split("."):
-        model = model._sub_layers[part] if part in model._sub_layers else getattr(model, part)
-    return model
-
-
-def _places(model: nn.Layer) -> dict[int, list[Place]]:
-    """Everywhere that each module of the model hangs, by the module's id."""
-    places: dict[int, list[Place]] = {}
-    for parent in (model, *model.sublayers()):
-        for attribute, child in parent._sub_layers.items():
-            if child is not None:
-                places.setdefault(id(child), []).append(Place(parent, attribute))
-    return places

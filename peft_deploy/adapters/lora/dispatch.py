@@ -5,34 +5,74 @@ wins.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from paddle import nn
 
+from peft_deploy.adapters.lora.conv import LoRAConv2D
+from peft_deploy.adapters.lora.embedding import LoRAEmbedding
 from peft_deploy.adapters.lora.layer import LoRALayer
 from peft_deploy.adapters.lora.linear import LoRALinear
+from peft_deploy.adapters.lora.merged_linear import LoRAMergedLinear
 from peft_deploy.config import LoRAConfig, LoRAConfigError
 
 Parts: TypeAlias = "list[bool] | None"  # enable_lora of one target
 Factory: TypeAlias = Callable[[nn.Layer, LoRAConfig, Parts], "LoRALayer | None"]
 
 
-def _linear(module: nn.Layer, config: LoRAConfig, parts: Parts) -> LoRALayer | None:
-    if not isinstance(module, nn.Linear):
+def _fused_linear(module: nn.Layer, config: LoRAConfig, parts: Parts) -> LoRALayer | None:
+    if parts is None or not isinstance(module, nn.Linear) or config.head_dim is None:
         return None
-    return LoRALinear.wrap(
-        module,
-        r=config.r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        rslora=config.rslora,
-        lora_plus_scale=config.lora_plus_scale,
-        pissa=config.pissa,
-        dtype=config.dtype,
+    _refuse_scaling_variants("LoRAMergedLinear", config)
+    return LoRAMergedLinear.wrap(
+        module, head_dim=config.head_dim, enable_lora=parts, **_common(config)
     )
 
 
-FACTORIES: tuple[Factory, ...] = (_linear,)
+def _linear(module: nn.Layer, config: LoRAConfig, parts: Parts) -> LoRALayer | None:
+    if parts is not None or not isinstance(module, nn.Linear):
+        return None
+    return LoRALinear.wrap(module, rslora=config.rslora, pissa=config.pissa, **_common(config))
+
+
+def _conv(module: nn.Layer, config: LoRAConfig, parts: Parts) -> LoRALayer | None:
+    if parts is not None or not isinstance(module, nn.Conv2D):
+        return None
+    _refuse_scaling_variants("LoRAConv2D", config)
+    return LoRAConv2D.wrap(module, **_common(config))
+
+
+def _embedding(module: nn.Layer, config: LoRAConfig, parts: Parts) -> LoRALayer | None:
+    if parts is not None or not isinstance(module, nn.Embedding):
+        return None
+    if config.pissa:
+        raise LoRAConfigError("pissa is not supported for embeddings")
+    return LoRAEmbedding.wrap(module, rslora=config.rslora, **_common(config))
+
+
+def _common(config: LoRAConfig) -> dict[str, Any]:
+    return {
+        "r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "lora_dropout": config.lora_dropout,
+        "lora_plus_scale": config.lora_plus_scale,
+        "dtype": config.dtype,
+    }
+
+
+def _refuse_scaling_variants(layer: str, config: LoRAConfig) -> None:
+    # The reference ignores both here and scales by alpha / R; doing what the options say would
+    # give other numbers for an adapter that it trained, so there is no right answer.
+    if config.rslora or config.pissa:
+        name = "rslora" if config.rslora else "pissa"
+        raise LoRAConfigError(f"{name} is not supported for {layer}")
+
+
+# A fused projection is a Linear too, so it has to be asked for first; the rest exclude each other.
+FACTORIES: tuple[Factory, ...] = (_fused_linear, _linear, _conv, _embedding)
+
+
+SUPPORTED = "paddle.nn.Linear, Conv2D and Embedding"
 
 
 def make_lora_layer(
@@ -55,9 +95,7 @@ def make_lora_layer(
             layer.training = module.training
             return layer
     raise LoRAConfigError(
-        f"LoRA strategy only supports {SUPPORTED}; {name} is a {type(module).__name__}",
+        f"LoRA strategy only supports {SUPPORTED}; {name} is a {type(module).__name__}"
+        + (" and enable_lora_list names parts of it" if parts is not None else ""),
         hint="make target_modules narrower: a pattern may match a container or a norm by accident",
     )
-
-
-SUPPORTED = "paddle.nn.Linear"
