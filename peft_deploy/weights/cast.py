@@ -73,7 +73,7 @@ def round_to(block: Array, target: np.dtype[np.generic]) -> Array:
     with np.errstate(over="ignore", invalid="ignore"):
         if block.dtype == np.float64 and target == DTYPES["bfloat16"]:
             block = _odd_float32(block)
-        return block.astype(target)
+        return block.astype(target, copy=False)
 
 
 def _odd_float32(block: Array) -> Array:

@@ -107,7 +107,11 @@ def merge_weight(
     merged = np.empty(W.shape, target)
     for rows in row_blocks(W.shape, np.dtype(wide).itemsize):
         block = contiguous(W[rows])
-        merged[rows] = _merge_block(block, A[rows] @ B, pair.scaling, target, name)
+        # multiplied where it is to stay, when no rounding follows
+        product = np.matmul(A[rows], B, out=merged[rows] if target == wide else None)
+        result = _merge_block(block, product, pair.scaling, target, name)
+        if target != wide:
+            merged[rows] = result
     return merged
 
 
@@ -121,7 +125,7 @@ def _merge_block(
     """One block's result; ``product`` is overwritten."""
     with np.errstate(over="ignore", invalid="ignore"):
         product *= product.dtype.type(scaling)
-        product += block.astype(product.dtype)
+        product += block.astype(product.dtype, copy=False)
         result = round_to(product, target)
     if np.isfinite(result).all():
         return result

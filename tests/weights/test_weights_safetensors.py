@@ -97,7 +97,7 @@ def test_a_file_cut_anywhere_is_refused(
     whole = path.read_bytes()
     length = data.draw(st.integers(0, len(whole) - 1))
     path.write_bytes(whole[:length])
-    with pytest.raises(CheckpointError, match="x.safetensors is cut short") as caught:
+    with pytest.raises(CheckpointError, match=r"x\.safetensors is cut short") as caught:
         SafetensorsFile(path)
     assert str(length) in caught.value.message
 
