@@ -1,3 +1,55 @@
-"""From a PaddlePaddle model fine-tuned with LoRA to a verified ONNX bundle."""
+"""From a PaddlePaddle model fine-tuned with LoRA to a verified ONNX bundle.
+
+Everything here is imported when it is first used: ``import peft_deploy`` needs neither Paddle nor onnxruntime.
+
+Example:
+    >>> import peft_deploy
+    >>> peft_deploy.export("base/", "bundle/", adapter="adapter/")  # doctest: +SKIP
+    >>> peft_deploy.load_bundle("bundle/").generate("Hello")  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from peft_deploy.adapters.lora import LoRAModel, mark_only_lora_as_trainable
+    from peft_deploy.config import LoRAConfig
+    from peft_deploy.config.export import ExportOptions
+    from peft_deploy.runtime import load_bundle
+    from peft_deploy.workflows import export, validate
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "ExportOptions",
+    "LoRAConfig",
+    "LoRAModel",
+    "export",
+    "load_bundle",
+    "mark_only_lora_as_trainable",
+    "validate",
+]
+
+_HOME = {
+    "ExportOptions": "peft_deploy.config.export",
+    "LoRAConfig": "peft_deploy.config",
+    "LoRAModel": "peft_deploy.adapters.lora",
+    "export": "peft_deploy.workflows",
+    "load_bundle": "peft_deploy.runtime",
+    "mark_only_lora_as_trainable": "peft_deploy.adapters.lora",
+    "validate": "peft_deploy.workflows",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -61,8 +61,12 @@ def require_paddle(purpose: str = "this step") -> None:
     require("paddle", "paddle", purpose)
     require("paddlenlp", "paddle", purpose)
     if "paddle" not in sys.modules:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        cores = (
+            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        )
         os.environ.setdefault("FLAGS_paddle_num_threads", str(cores or 1))
+        # Importing Paddle sets OMP_NUM_THREADS to 1, which MKL follows unless told otherwise.
+        os.environ.setdefault("MKL_NUM_THREADS", str(cores or 1))
         if _is_amd():
             os.environ.setdefault("MKL_DEBUG_CPU_TYPE", "5")
         if not debugging():
@@ -90,7 +94,9 @@ def import_paddlenlp_models() -> None:
     sys.modules["paddlenlp"] = package
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        importlib.import_module("paddlenlp.data")  # it and transformers import each other; this order works
+        importlib.import_module(
+            "paddlenlp.data"
+        )  # it and transformers import each other; this order works
 
 
 def _is_amd() -> bool:

@@ -16,10 +16,10 @@ from paddle import nn
 from paddlenlp.transformers.model_utils import no_init_weights
 
 from peft_deploy.base.folder import BaseModel
-from peft_deploy.errors import CheckpointError, ConfigError, listed
+from peft_deploy.errors import ConfigError
 from peft_deploy.families import DecoderFamily
 from peft_deploy.progress import Progress, Silent
-from peft_deploy.weights import DTYPES
+from peft_deploy.weights import DTYPES, Array
 
 PADDLE_DTYPES = ("float32", "float16", "bfloat16", "float64")
 
@@ -88,5 +88,5 @@ def _construct(family: DecoderFamily, config: Mapping[str, Any]) -> nn.Layer:
     return model_class(arguments)
 
 
-def _fill(parameter: paddle.Tensor, data: np.ndarray, dtype: str) -> None:
+def _fill(parameter: paddle.Tensor, data: Array, dtype: str) -> None:
     parameter.get_tensor().set(data, paddle.CPUPlace())

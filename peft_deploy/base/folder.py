@@ -70,7 +70,12 @@ class BaseModel:
 
     def companions(self) -> list[Path]:
         """Tokenizer and generation files that are there."""
-        return [self.path / name for name in COMPANIONS if (self.path / name).is_file()]
+        return companions_in(self.path)
+
+
+def companions_in(folder: Path) -> list[Path]:
+    """Tokenizer and generation files in a folder."""
+    return [folder / name for name in COMPANIONS if (folder / name).is_file()]
 
 
 def open_base(path: str | Path) -> BaseModel:
@@ -105,7 +110,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
         there = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
-        adapter = (folder / "lora_config.json").exists() or (folder / "adapter_config.json").exists()
+        adapter = (folder / "lora_config.json").exists() or (
+            folder / "adapter_config.json"
+        ).exists()
         raise CheckpointError(
             f"{folder} has no {CONFIG}; it holds {there}",
             hint="this is an adapter: pass it with --adapter" if adapter else None,

@@ -68,7 +68,9 @@ def _fetch_shards(name: str, index: Path, fetch: Fetch) -> None:
         raise CheckpointError(f"{index} cannot be read: {exc}") from exc
     for shard in shards:
         if fetch(name, shard) is None:
-            raise CheckpointError(f"{name}: {index.name} names {shard}, which cannot be downloaded")
+            raise CheckpointError(
+                f"{name}: {index.name} names {shard}, which cannot be downloaded"
+            )
 
 
 def _paddlenlp_fetch(name: str, file: str) -> str | None:

@@ -82,7 +82,9 @@ class BundleFolder:
             if not self.output.exists():
                 self.path.rename(self.output)
                 return
-            old = Path(tempfile.mkdtemp(prefix=f".{self.output.name}.old.", dir=self.output.parent))
+            old = Path(
+                tempfile.mkdtemp(prefix=f".{self.output.name}.old.", dir=self.output.parent)
+            )
             self.output.rename(old / "replaced")
             try:
                 self.path.rename(self.output)
@@ -96,7 +98,9 @@ class BundleFolder:
 def check_output(output: Path, *, force: bool) -> None:
     """Fails when something lies at ``output`` that an export must not replace."""
     if output.is_symlink() or (output.exists() and not output.is_dir()):
-        raise OutputError(f"--output {output} is not a folder", hint="name a folder that does not exist yet")
+        raise OutputError(
+            f"--output {output} is not a folder", hint="name a folder that does not exist yet"
+        )
     if not output.is_dir() or not any(output.iterdir()):
         return
     if not force:

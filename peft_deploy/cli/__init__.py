@@ -14,7 +14,11 @@ __all__ = ["cli", "main"]
 # Command → (module, attribute, the line that --help shows). Kept here so that help imports no command.
 _COMMANDS = {
     "train": ("peft_deploy.cli.train", "train_command", "Fine-tune a model with LoRA."),
-    "export": ("peft_deploy.cli.export", "export_command", "Make an ONNX bundle of a model and its adapter."),
+    "export": (
+        "peft_deploy.cli.export",
+        "export_command",
+        "Make an ONNX bundle of a model and its adapter.",
+    ),
     "validate": (
         "peft_deploy.cli.validate",
         "validate_command",

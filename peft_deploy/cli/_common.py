@@ -26,7 +26,11 @@ def common_options(command: F) -> F:
     """
 
     @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
-    @click.option("--debug", is_flag=True, help="Show tracebacks and the log lines of Paddle and ONNX Runtime.")
+    @click.option(
+        "--debug",
+        is_flag=True,
+        help="Show tracebacks and the log lines of Paddle and ONNX Runtime.",
+    )
     @functools.wraps(command)
     def run(*args: Any, debug: bool, **kwargs: Any) -> Any:
         if debug:
@@ -38,6 +42,16 @@ def common_options(command: F) -> F:
         except KeyboardInterrupt:
             say("[yellow]interrupted[/]; nothing was left half-written")
             sys.exit(INTERRUPTED)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except Exception as exc:
+            if debug:
+                raise
+            from rich.markup import escape
+
+            say(f"[bold red]internal error:[/] {type(exc).__name__}: {escape(str(exc))}")
+            say("[bold]hint:[/]  run again with --debug for the traceback, and please report it")
+            sys.exit(PeftDeployError.exit_code)
 
     return run  # type: ignore[return-value]
 
@@ -47,9 +61,7 @@ def fail(error: PeftDeployError, *, debug: bool, as_json: bool) -> NoReturn:
     if debug:
         traceback.print_exception(error)
     if as_json:
-        emit_json(
-            {"error": type(error).__name__, "message": error.message, "hint": error.hint}
-        )
+        emit_json({"error": type(error).__name__, "message": error.message, "hint": error.hint})
     from rich.markup import escape
 
     say(f"[bold red]error:[/] {escape(error.message)}")

@@ -15,13 +15,17 @@ if TYPE_CHECKING:
 
 
 @click.command("export")
-@click.option("--base", required=True, help="Base model: a folder, or a name that PaddleNLP can download.")
+@click.option(
+    "--base", required=True, help="Base model: a folder, or a name that PaddleNLP can download."
+)
 @click.option("--adapter", metavar="[NAME=]DIR", help="LoRA adapter to export with it.")
 @click.option("--merge", is_flag=True, help="Merge the adapter into the weights.")
 @click.option(
     "--output", required=True, type=click.Path(path_type=Path), help="The bundle's folder."
 )
-@click.option("--opset", type=int, default=DEFAULT_OPSET, show_default=True, help="ONNX operator set.")
+@click.option(
+    "--opset", type=int, default=DEFAULT_OPSET, show_default=True, help="ONNX operator set."
+)
 @click.option("--no-validate", is_flag=True, help="Leave out the check against the dynamic graph.")
 @click.option("--keep-failed", is_flag=True, help="Keep a bundle that failed the check.")
 @click.option("--force", is_flag=True, help="Replace the bundle that is there.")

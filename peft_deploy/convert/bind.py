@@ -41,7 +41,9 @@ def bind_weights(
     graph = converted.model.graph
     dangling = _dangling(graph)
     known = set(tensors.names())
-    unknown = [n for n in dangling if n not in converted.parameters and n not in converted.constants]
+    unknown = [
+        n for n in dangling if n not in converted.parameters and n not in converted.constants
+    ]
     missing = [p for n in dangling if (p := converted.parameters.get(n)) and p not in known]
     if unknown or missing:
         raise ConversionError(
@@ -49,14 +51,15 @@ def bind_weights(
         )
     for name, value in dangling.items():
         if name in converted.constants:
-            tensor: ir.TensorProtocol = _table(converted.constants[name])
+            data = converted.constants[name]
+            tensor, shape = _table(data), data.shape
             value.name = f"constant.{len(graph.initializers)}"
         else:
             parameter = converted.parameters[name]
             value.name = rename(parameter)
-            tensor = _lazy(tensors, parameter, value.name)
+            tensor, shape = _lazy(tensors, parameter, value.name), tensors.info(parameter).shape
         value.const_value = tensor
-        value.shape, value.dtype = ir.Shape(tensor.shape), tensor.dtype
+        value.shape, value.dtype = ir.Shape(shape), tensor.dtype
         graph.register_initializer(value)
     return len(dangling)
 
@@ -79,7 +82,7 @@ def _dangling(graph: ir.Graph) -> dict[str, ir.Value]:
     return found
 
 
-def _lazy(tensors: TensorSource, parameter: str, name: str) -> ir.LazyTensor:
+def _lazy(tensors: TensorSource, parameter: str, name: str) -> ir.TensorProtocol:
     info = tensors.info(parameter)
     return ir.LazyTensor(
         partial(_read, tensors, parameter),
@@ -89,12 +92,10 @@ def _lazy(tensors: TensorSource, parameter: str, name: str) -> ir.LazyTensor:
     )
 
 
-def _read(tensors: TensorSource, parameter: str) -> ir.Tensor:
+def _read(tensors: TensorSource, parameter: str) -> ir.TensorProtocol:
     data: Array = np.ascontiguousarray(tensors.read(parameter))
     return ir.Tensor(data, dtype=IR_DTYPES[tensors.info(parameter).dtype], name=parameter)
 
 
-def _table(data: Array) -> ir.Tensor:
+def _table(data: Array) -> ir.TensorProtocol:
     return ir.Tensor(np.ascontiguousarray(data))
-
-

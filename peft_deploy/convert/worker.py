@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 REQUEST_FILE = "request.json"
 ERROR_FILE = "error.json"
 PROGRAM_FILE = "program.json"
-_ABSENT_PARAMS = "no-such-file.pdiparams"  # a params file that does not exist: a graph without weights
+_ABSENT_PARAMS = (
+    "no-such-file.pdiparams"  # a params file that does not exist: a graph without weights
+)
 
 
 def main(folder: Path, events: int) -> int:

@@ -60,7 +60,7 @@ class Llama(DecoderFamily):
     model_type = "llama"
     architectures = ("LlamaForCausalLM",)
     past_layout = "BSKD"
-    tied = {"lm_head.weight": "llama.embed_tokens.weight"}  # noqa: RUF012 (a ClassVar of the base)
+    tied = {"lm_head.weight": "llama.embed_tokens.weight"}
     lora_targets = tuple(rf".*{name.split('.')[1]}" for name in _LINEARS)
     paddle_config = "LlamaConfig"
     paddle_model = "LlamaForCausalLM"
@@ -71,10 +71,7 @@ class Llama(DecoderFamily):
                 NameRule(f"llama.{_LAYER}{n}.weight", f"model.{_LAYER}{n}.weight", transpose=True)
                 for n in _LINEARS
             ),
-            *(
-                NameRule(f"llama.{_LAYER}{n}.weight", f"model.{_LAYER}{n}.weight")
-                for n in _NORMS
-            ),
+            *(NameRule(f"llama.{_LAYER}{n}.weight", f"model.{_LAYER}{n}.weight") for n in _NORMS),
             NameRule("llama.norm.weight", "model.norm.weight"),
             NameRule("lm_head.weight", "lm_head.weight", transpose=True),
         ],
@@ -85,7 +82,9 @@ class Llama(DecoderFamily):
         """See :meth:`DecoderFamily.paddle_arguments`."""
         for key, feature in _REFUSED.items():
             if config.get(key):
-                raise UnsupportedModelError(f"config.json sets {key}: {feature} cannot be exported")
+                raise UnsupportedModelError(
+                    f"config.json sets {key}: {feature} cannot be exported"
+                )
         act = config.get("hidden_act", "silu")
         if act not in ("silu", "swish"):
             raise UnsupportedModelError(
@@ -98,7 +97,9 @@ class Llama(DecoderFamily):
                 f"hidden_size / num_attention_heads = {derived}"
             )
         arguments = {key: config[key] for key in _SHARED_KEYS if config.get(key) is not None}
-        if isinstance(arguments.get("eos_token_id"), list):  # several end tokens: PaddleNLP takes one
+        if isinstance(
+            arguments.get("eos_token_id"), list
+        ):  # several end tokens: PaddleNLP takes one
             arguments["eos_token_id"] = arguments["eos_token_id"][0]
         return arguments | _rope_arguments(config)
 

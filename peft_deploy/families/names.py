@@ -71,9 +71,7 @@ def _pattern(template: str) -> re.Pattern[str]:
     return re.compile(re.escape(template).replace(re.escape("{i}"), r"(\d+)"))
 
 
-def _map(
-    table: list[tuple[re.Pattern[str], str, bool]], name: str
-) -> MappedName | None:
+def _map(table: list[tuple[re.Pattern[str], str, bool]], name: str) -> MappedName | None:
     for pattern, template, transpose in table:
         if match := pattern.fullmatch(name):
             index = match.group(1) if match.groups() else ""

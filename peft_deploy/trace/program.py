@@ -73,7 +73,9 @@ class TracedProgram:
         ]
 
 
-def trace_decoder(model: nn.Layer, family: DecoderFamily, signature: GraphSignature) -> TracedProgram:
+def trace_decoder(
+    model: nn.Layer, family: DecoderFamily, signature: GraphSignature
+) -> TracedProgram:
     """Traces a decoder through its family's stand-in.
 
     Args:
@@ -89,7 +91,9 @@ def trace_decoder(model: nn.Layer, family: DecoderFamily, signature: GraphSignat
     own = len(signature.inputs) - len(signature.past)
     specs = [_input_spec(spec) for spec in signature.inputs]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # "Tensor do not have 'place' interface": of no consequence
+        warnings.simplefilter(
+            "ignore"
+        )  # "Tensor do not have 'place' interface": of no consequence
         concrete = _concrete_program(stand_in, [*specs[:own], specs[own:]])
     stand_in.scopes.apply(concrete.main_program)
     feeds, fetches = _values(concrete.inputs), _values(concrete.outputs)

@@ -77,9 +77,15 @@ WRONG = {
 
 # Attribute → (value for which the translation is wrong, what happens).
 WRONG_ATTRIBUTES = {
-    "gelu": ("approximate", True, "the tanh form is converted to the erf form; write the formula out"),
+    "gelu": (
+        "approximate",
+        True,
+        "the tanh form is converted to the erf form; write the formula out",
+    ),
 }
 
 # Operators whose double-precision attributes the converter reads correctly; every other one is read as float32
 # from a float64's bytes (Paddle2ONNX issue 1646, open).
-FLOAT64_ATTRIBUTES_SAFE = frozenset({"full", "assign_value_", "set_value_", "full_like", "uniform"})
+FLOAT64_ATTRIBUTES_SAFE = frozenset(
+    {"full", "assign_value_", "set_value_", "full_like", "uniform"}
+)

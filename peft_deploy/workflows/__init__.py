@@ -5,5 +5,6 @@ job needs it for: validating in the dynamic graph.
 """
 
 from peft_deploy.workflows.export import ExportResult, export
+from peft_deploy.workflows.validate import validate
 
-__all__ = ["ExportResult", "export"]
+__all__ = ["ExportResult", "export", "validate"]

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,7 +113,12 @@ def export(
         _write_configs(folder, source)
         clock.phase("Hashing files")
         manifest = _manifest(
-            source, options, converted, folder.hashes(), fingerprint, {"operators": counts, "removed": removed}
+            source,
+            options,
+            converted,
+            folder.hashes(),
+            fingerprint,
+            {"operators": counts, "removed": removed},
         )
         folder.seal(manifest)
         report = None
@@ -142,7 +147,9 @@ def _source(
             )
         return from_folders(base, adapter)
     if adapter is not None:
-        raise ConfigError("a model in memory brings its own adapter; give a folder as base to add one")
+        raise ConfigError(
+            "a model in memory brings its own adapter; give a folder as base to add one"
+        )
     from peft_deploy.workflows.in_memory import from_memory
 
     return from_memory(base, None if tokenizer is None else Path(tokenizer))
@@ -246,17 +253,14 @@ def _plan(source: ExportSource, tensors: TensorSource) -> list[str]:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    return {p: found[0].version for p in _PACKAGES if (found := list(distributions(name=p)))}
 
 
 def _peak() -> int:
-    usage = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    usage = (
+        resource.getrusage(who).ru_maxrss
+        for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
     return max(usage) * 1024  # Linux counts in KiB
 
 

@@ -44,9 +44,15 @@ def _foldable(node: ir.Node) -> bool:
     )
 
 
-def _evaluate(node: ir.Node, opset: int) -> list[ir.Tensor]:
+def _evaluate(node: ir.Node, opset: int) -> list[ir.TensorProtocol]:
     inputs = [ir.Value(name=f"x{i}") for i in range(len(node.inputs))]
-    copy = ir.Node("", node.op_type, inputs, attributes=list(node.attributes.values()), num_outputs=len(node.outputs))
+    copy = ir.Node(
+        "",
+        node.op_type,
+        inputs,
+        attributes=list(node.attributes.values()),
+        num_outputs=len(node.outputs),
+    )
     for i, value in enumerate(copy.outputs):
         value.name = f"y{i}"
     evaluator = ReferenceEvaluator(ir.to_proto(copy), opsets={"": opset})

@@ -12,7 +12,7 @@ from peft_deploy.families.standins.rotary import RotaryTable
 from peft_deploy.families.standins.scope import ScopeTrace
 
 
-class LlamaStandIn(nn.Layer):
+class LlamaStandIn(nn.Layer):  # type: ignore[misc]
     """Shares the parameters of the model it stands for.
 
     Args:
@@ -42,7 +42,8 @@ class LlamaStandIn(nn.Layer):
         past: list[Tensor],
     ) -> list[Tensor]:
         """See ``DecoderFamily.stand_in``."""
-        return self._run(input_ids, attention_mask, position_ids, past)
+        outputs: list[Tensor] = self._run(input_ids, attention_mask, position_ids, past)
+        return outputs
 
     # Without this mark Paddle rewrites the source of everything called here, once for every layer.
     @paddle.jit.not_to_static  # type: ignore[untyped-decorator]

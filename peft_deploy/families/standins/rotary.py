@@ -9,7 +9,7 @@ from paddle import Tensor, nn
 from paddle.nn import functional as F
 
 
-class RotaryTable(nn.Layer):
+class RotaryTable(nn.Layer):  # type: ignore[misc]
     """cos and sin of every position, one column a pair of dimensions.
 
     Args:
@@ -23,7 +23,7 @@ class RotaryTable(nn.Layer):
         self.register_buffer("sin", paddle.to_tensor(sin), persistable=False)
 
     def at(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin for position_ids [B, S], each [B, 1, S, D/2], to be used by every layer."""
+        """Cos and sin for position_ids [B, S], each [B, 1, S, D/2], to be used by every layer."""
         cos, sin = (F.embedding(position_ids, table) for table in (self.cos, self.sin))
         return cos.unsqueeze(1), sin.unsqueeze(1)
 

@@ -1,0 +1,115 @@
+"""A PaddleNLP model in memory, with or without LoRA, as something to export. Needs Paddle."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from paddle import nn
+
+from peft_deploy.adapters.lora import LoRAModel
+from peft_deploy.base.dygraph import unique_parameters
+from peft_deploy.base.folder import companions_in
+from peft_deploy.errors import AdapterError, ConfigError
+from peft_deploy.families import find_family
+from peft_deploy.progress import Progress
+from peft_deploy.weights import Array, TensorInfo, fingerprint
+from peft_deploy.workflows.sources import ExportSource, NamedAdapter
+
+
+class MemoryTensors:
+    """The base model's parameters as a :class:`~peft_deploy.weights.TensorSource`.
+
+    Args:
+        model: the base model, LoRA layers in it or not.
+        read: gives a parameter as it is without any adapter.
+        skipped: names of parameters that belong to the adapter.
+        tied: parameter → the one whose storage it shares.
+    """
+
+    def __init__(
+        self,
+        model: nn.Layer,
+        read: Callable[[str, Any], Array],
+        skipped: Callable[[str], bool],
+        tied: dict[str, str],
+    ) -> None:
+        parameters = unique_parameters(model)
+        self._parameters = {n: p for n, p in parameters.items() if not skipped(n)}
+        self._read = read
+        self.tied = tied
+
+    def names(self) -> Sequence[str]:
+        """Structured parameter names."""
+        return list(self._parameters)
+
+    def info(self, name: str) -> TensorInfo:
+        """Type and shape of a parameter."""
+        parameter = self._parameters[name]
+        return TensorInfo(name, str(parameter.dtype).rpartition(".")[2], tuple(parameter.shape))
+
+    def read(self, name: str) -> Array:
+        """A copy of the parameter, without any adapter."""
+        return self._read(name, self._parameters[name])
+
+
+def from_memory(model: nn.Layer, tokenizer: Path | None) -> ExportSource:
+    """A PaddleNLP model or a LoRA model around one; it is only read.
+
+    Args:
+        model: of a registered family.
+        tokenizer: a folder with tokenizer files for the bundle.
+
+    Raises:
+        ConfigError: the model has no PaddleNLP configuration.
+        AdapterError: its adapter is disabled, so that there is nothing to merge.
+        UnsupportedModelError: no family claims it.
+    """
+    adapted = model if isinstance(model, LoRAModel) else None
+    inner = model.model if adapted else model
+    if not hasattr(getattr(inner, "config", None), "to_dict"):
+        raise ConfigError(
+            f"a {type(inner).__name__} has no PaddleNLP configuration; "
+            "export takes PaddleNLP models and LoRAModels around them"
+        )
+    if adapted is not None and adapted.disabled:
+        raise AdapterError(
+            "the model's adapter is disabled", hint="call enable_lora(), or export model.model"
+        )
+    config = {**inner.config.to_dict(), "architectures": [type(inner).__name__]}
+    family = find_family(config)
+    family.paddle_arguments(config)
+    tied = dict(family.tied) if config.get("tie_word_embeddings") else {}
+    tensors = _tensors(inner, adapted, tied)
+    if tokenizer is not None and not tokenizer.is_dir():
+        raise ConfigError(f"the tokenizer folder {tokenizer} does not exist")
+
+    def load_reference(_progress: Progress) -> nn.Layer:
+        if adapted is None or not adapted.merged:
+            return model
+        twin = copy.deepcopy(adapted)
+        twin.unmerge()
+        return twin
+
+    return ExportSource(
+        name=type(inner).__name__,
+        config=config,
+        family=family,
+        tensors=tensors,
+        layout="memory",
+        fingerprint=lambda: fingerprint(tensors),
+        adapter=None if adapted is None else NamedAdapter("default", adapted.to_adapter()),
+        load_reference=load_reference,
+        companions=[] if tokenizer is None else companions_in(tokenizer),
+    )
+
+
+def _tensors(inner: nn.Layer, adapted: LoRAModel | None, tied: dict[str, str]) -> MemoryTensors:
+    from peft_deploy.adapters.lora.arrays import to_array
+    from peft_deploy.adapters.lora.trainable import is_branch
+
+    if adapted is None:
+        return MemoryTensors(inner, lambda _name, p: to_array(p), lambda _name: False, tied)
+    return MemoryTensors(inner, lambda name, _p: adapted.base_value(name), is_branch, tied)
