@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 import click
+
+from peft_deploy.cli._common import common_options, emit_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 @click.option("--seed", type=int, metavar="N", help="Makes the draws repeatable.")
 @click.option("--provider", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--threads", type=int, metavar="N", help="Default: all cores.")
-@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
+@common_options
 def generate_command(
     bundle: Path,
     prompts: tuple[str, ...],
@@ -118,7 +119,7 @@ def _print_batch(texts: Sequence[str], results: Sequence[Generation]) -> None:
 
 def _print_json(texts: Sequence[str], results: Sequence[Generation]) -> None:
     data = [{"prompt": p, **r.to_dict()} for p, r in zip(texts, results, strict=True)]
-    click.echo(json.dumps({"results": data}, indent=2, ensure_ascii=False))
+    emit_json({"results": data})
 
 
 def _print_figures(results: Sequence[Generation], screen: Console) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from peft_deploy.errors import ExecutionError, listed
 from peft_deploy.runtime.runner import Array, Runner
-from peft_deploy.signature import LOGITS, GraphSignature, present_names
+from peft_deploy.signature import LOGITS, GraphSignature, TensorSpec, present_names
 from peft_deploy.weights.source import DTYPES
 
 
@@ -105,24 +105,49 @@ def initial_cache(
             "the graph has no past_key_values inputs, so it cannot generate token by token",
             hint="only bundles of decoder models generate",
         )
-    arrays: list[Array] = []
-    names = {spec.name for spec in signature.past}
-    if prefix is not None and set(prefix) != names:
-        odd = set(prefix) ^ names
+    if prefix is None:
+        return [_empty(spec, batch) for spec in signature.past]
+    _check_prefix(signature, batch, prefix)
+    arrays = [prefix[spec.name] for spec in signature.past]
+    return [np.ascontiguousarray(np.broadcast_to(a, (batch, *a.shape[1:]))) for a in arrays]
+
+
+def _empty(spec: TensorSpec, batch: int) -> Array:
+    """No token's keys or values: [B, K, 0, D]."""
+    _, heads, _, dim = spec.dims
+    if isinstance(heads, str) or isinstance(dim, str):
+        raise ExecutionError(
+            f"the graph leaves the sizes of {spec.name} open ({list(spec.dims)}); kv heads and "
+            f"head "
+            "dim must be fixed for a generation to begin with an empty cache"
+        )
+    return np.zeros((batch, heads, 0, dim), DTYPES[spec.dtype])
+
+
+def _check_prefix(signature: GraphSignature, batch: int, prefix: Mapping[str, Array]) -> None:
+    first = signature.past[0].name
+    if odd := set(prefix) ^ {spec.name for spec in signature.past}:
         raise ExecutionError(
             f"a prefix must have exactly the cache inputs; these differ:\n{listed(odd)}"
         )
     for spec in signature.past:
-        _, heads, _, dim = spec.dims
-        if prefix is None:
-            shape = (batch, int(heads), 0, int(dim))
-            arrays.append(np.zeros(shape, DTYPES[spec.dtype]))
-            continue
         array = prefix[spec.name]
-        if array.ndim != 4 or array.shape[0] not in (1, batch):
+        _, heads, _, dim = spec.dims
+        if (
+            array.ndim != 4
+            or array.shape[0] not in (1, batch)
+            or array.shape[1::2] != (heads, dim)
+        ):
             raise ExecutionError(
                 f"the prefix's {spec.name} has shape {list(array.shape)}; "
                 f"it must be [1, {heads}, length, {dim}]"
             )
-        arrays.append(np.ascontiguousarray(np.broadcast_to(array, (batch, *array.shape[1:]))))
-    return arrays
+        if array.dtype.name != spec.dtype:
+            raise ExecutionError(
+                f"the prefix's {spec.name} is {array.dtype.name}; it must be {spec.dtype}"
+            )
+        if array.shape[2] != prefix[first].shape[2]:
+            raise ExecutionError(
+                f"the prefix's {spec.name} is {array.shape[2]} tokens long; "
+                f"{first} is {prefix[first].shape[2]}"
+            )

@@ -39,6 +39,15 @@ def check_feeds(signature: GraphSignature, feeds: Mapping[str, Array]) -> None:
                     )
     for spec in signature.inputs:
         _check_sums(spec, feeds[spec.name], sizes)
+    check_indices(feeds)
+
+
+def check_indices(feeds: Mapping[str, Array]) -> None:
+    """Passes when no token id and no position is negative: a graph would count those from the end.
+
+    Raises:
+        ExecutionError: one of them is.
+    """
     for name in _INDICES:
         if name in feeds and feeds[name].size and int(feeds[name].min()) < 0:
             raise ExecutionError(

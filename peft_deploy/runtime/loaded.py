@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, overload
 
+from peft_deploy.bundle.folder import sha256
 from peft_deploy.bundle.manifest import Manifest
 from peft_deploy.errors import BundleError, CheckpointError, ConfigError, listed
 from peft_deploy.runtime.generation import Generation, GenerationOptions
@@ -20,7 +20,6 @@ from peft_deploy.text.special_tokens import MODEL_CONFIG, read_json
 from peft_deploy.text.tokenizer import TOKENIZER, Tokenizer
 
 _CONTEXT_KEYS = ("max_position_embeddings", "seq_length", "n_positions", "max_sequence_length")
-_CHUNK = 1 << 22  # bytes hashed at a time
 
 
 class LoadedBundle:
@@ -184,20 +183,12 @@ def _check_files(folder: Path, manifest: Manifest, *, verify: bool) -> None:
             f"missing:\n{listed(missing)}"
         )
     if verify:
-        changed = {n for n, known in manifest.files.items() if _sha256(folder / n) != known}
+        changed = {n for n, known in manifest.files.items() if sha256(folder / n) != known}
         if changed:
             raise BundleError(
                 f"files of {folder} are not those that its manifest describes:\n{listed(changed)}",
                 hint="get the bundle again, or export it again",
             )
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from peft_deploy.errors import BundleError, ConfigError, ExecutionError, listed
 from peft_deploy.runtime._ort_values import numpy_name, to_numpy, to_ort
 from peft_deploy.runtime.caching import Cache
 from peft_deploy.runtime.external_data import check_external_data
-from peft_deploy.runtime.feeds import check_feeds
+from peft_deploy.runtime.feeds import check_feeds, check_indices
 from peft_deploy.runtime.runner import Array
 from peft_deploy.signature import LOGITS, GraphSignature, TensorSpec, present_names
 
@@ -109,8 +109,9 @@ class OnnxRunner:
         copied.
 
         Raises:
-            ExecutionError: onnxruntime failed.
+            ExecutionError: a negative token id or position, or onnxruntime failed.
         """
+        check_indices(feeds)
         values = {name: to_ort(array, "cpu") for name, array in feeds.items()}
         values.update(zip(self._past, cache.values, strict=True))
         places = {LOGITS: "cpu", **dict.fromkeys(self._present, self.provider)}

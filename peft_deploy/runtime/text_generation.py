@@ -50,7 +50,7 @@ class TextRun:
     ) -> None:
         self._run = GenerationRun(runner, prompts, options, prefix)
         self._streams = [tokenizer.stream() for _ in prompts]
-        self._texts = ["" for _ in prompts]
+        self._tokenizer = tokenizer
         self._pieces = self._read()
 
     def __iter__(self) -> Iterator[TextPiece]:
@@ -62,14 +62,16 @@ class TextRun:
         """One result a prompt; runs whatever has not been iterated over."""
         for _ in self._pieces:
             pass
-        pairs = zip(self._run.results, self._texts, strict=True)
-        return [replace(result, text=text) for result, text in pairs]
+        return [replace(result, text=self._whole(result)) for result in self._run.results]
+
+    def _whole(self, result: Generation) -> str:
+        ended = result.finish_reason == "stop"
+        return self._tokenizer.decode(result.token_ids[:-1] if ended else result.token_ids)
 
     def _read(self) -> Iterator[TextPiece]:
         for event in self._run:
             text = self._text(event)
             if text:
-                self._texts[event.row] += text
                 yield TextPiece(event.row, text)
 
     def _text(self, event: NewToken) -> str:

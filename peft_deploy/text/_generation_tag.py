@@ -10,7 +10,7 @@ from jinja2.parser import Parser
 class GenerationTag(Extension):
     """Accepts ``{% generation %} … {% endgeneration %}`` and renders what stands between."""
 
-    tags = {"generation"}  # noqa: RUF012  (the type that Jinja's base class declares)
+    tags = {"generation"}
 
     def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
         """The nodes of the body, as if the tag were not there."""

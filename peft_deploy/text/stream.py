@@ -10,10 +10,11 @@ _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 class TextStream:
     """Turns tokens into text as they come.
 
-    What the pieces add up to is exactly what decoding all tokens at once gives. A piece is held
-    back while its last character may still be missing bytes; every piece is decoded together with
-    the one before it, because SentencePiece-like decoders drop the space at the beginning of
-    whatever they are given.
+    What the pieces add up to is what decoding all tokens at once gives. (A decoder with byte
+    fallback takes back a character that it has given when an invalid byte follows; a stream
+    cannot.) A piece is held back while its last character may still be missing bytes; every piece
+    is decoded together with the one before it, because SentencePiece-like decoders drop the space
+    at the beginning of whatever they are given.
 
     Args:
         decode: ids to text.

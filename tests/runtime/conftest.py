@@ -14,18 +14,12 @@ from peft_deploy.runtime import OnnxRunner
 
 
 @pytest.fixture(scope="session")
-def vocab() -> int:
-    return tiny_text.make_tokenizer().get_vocab_size()
-
-
-@pytest.fixture(scope="session")
-def weights(vocab: int) -> dict[str, np.ndarray]:
-    return tiny_graph.make_weights(vocab)
+def weights() -> dict[str, np.ndarray]:
+    return tiny_graph.make_weights()
 
 
 def write_bundle(folder: Path, weights: dict[str, np.ndarray]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    vocab = len(weights["embed"])
     tiny_graph.save_model(folder, weights)
     tiny_text.write_tokenizer(folder)
     config = {"max_position_embeddings": tiny_graph.MAX_POSITIONS, "eos_token_id": tiny_text.END}
@@ -37,7 +31,7 @@ def write_bundle(folder: Path, weights: dict[str, np.ndarray]) -> Path:
         versions={},
         model_type="llama",
         architecture="LlamaForCausalLM",
-        signature=tiny_graph.signature(vocab),
+        signature=tiny_graph.signature(),
         opset=17,
         precision="fp32",
         base={"name": "tiny"},

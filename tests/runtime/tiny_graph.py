@@ -11,15 +11,16 @@ from onnx import TensorProto, helper, numpy_helper
 from peft_deploy.signature import GraphSignature, causal_lm_signature
 
 L, H, K, D, E = 2, 4, 2, 8, 32
+VOCAB = 290
 MAX_POSITIONS = 64
 EPSILON = 1e-5
 
 
-def signature(vocab: int) -> GraphSignature:
+def signature(vocab: int = VOCAB) -> GraphSignature:
     return causal_lm_signature(num_layers=L, num_kv_heads=K, head_dim=D, vocab_size=vocab)
 
 
-def make_weights(vocab: int, seed: int = 7) -> dict[str, np.ndarray]:
+def make_weights(vocab: int = VOCAB, seed: int = 14) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
 
     def normal(*shape: int, scale: float = 0.25) -> np.ndarray:
