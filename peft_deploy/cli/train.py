@@ -1,0 +1,129 @@
+"""``peft-deploy train``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from peft_deploy.cli._common import common_options, emit_json, say
+
+if TYPE_CHECKING:
+    from peft_deploy.training import TrainOptions, TrainResult
+
+_FILE = click.Path(path_type=Path)
+
+
+@click.command("train")
+@click.option(
+    "--base", required=True, help="Base model: a folder, or a name that PaddleNLP can download."
+)
+@click.option("--method", type=click.Choice(["lora"]), default="lora", show_default=True)
+@click.option("--data", required=True, type=_FILE, help="JSONL file of examples.")
+@click.option("--output", required=True, type=_FILE, help="The adapter's folder.")
+@click.option("--r", type=int, default=8, show_default=True, help="Rank of the adapter.")
+@click.option("--lora-alpha", type=float, default=16, show_default=True, help="Scaling times r.")
+@click.option("--lora-dropout", type=float, default=0.0, show_default=True)
+@click.option(
+    "--target-modules",
+    multiple=True,
+    metavar="PATTERN",
+    help="Name or regular expression of the layers to adapt; may be repeated. "
+    "All linear layers of the decoder by default.",
+)
+@click.option("--rslora", is_flag=True, help="Scale by alpha/sqrt(r).")
+@click.option("--pissa", is_flag=True, help="Start from the principal part of the weights.")
+@click.option("--lora-plus-scale", type=float, default=1.0, show_default=True)
+@click.option("--epochs", type=float, default=3.0, show_default=True, help="Passes over the data.")
+@click.option("--max-steps", type=int, help="Number of steps; goes before --epochs.")
+@click.option("--batch-size", type=int, default=4, show_default=True)
+@click.option("--gradient-accumulation", type=int, default=1, show_default=True)
+@click.option("--learning-rate", type=float, default=3e-4, show_default=True)
+@click.option(
+    "--warmup", type=float, default=0.03, show_default=True, help="Steps; a share if below 1."
+)
+@click.option(
+    "--schedule",
+    type=click.Choice(["linear", "cosine", "constant"]),
+    default="linear",
+    show_default=True,
+)
+@click.option("--weight-decay", type=float, default=0.0, show_default=True)
+@click.option("--max-grad-norm", type=float, default=1.0, show_default=True)
+@click.option(
+    "--max-length", type=int, default=1024, show_default=True, help="Tokens of an example."
+)
+@click.option("--seed", type=int, default=42, show_default=True)
+@click.option("--eval-data", type=_FILE, help="JSONL file of examples that are only measured.")
+@click.option("--eval-steps", type=int, help="Steps between measurements; each epoch by default.")
+@click.option("--save-steps", type=int, help="Steps between checkpoints; none by default.")
+@click.option("--keep-checkpoints", type=int, default=2, show_default=True)
+@click.option("--logging-steps", type=int, default=10, show_default=True)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="Of the base model's weights.",
+)
+@click.option(
+    "--report-to",
+    multiple=True,
+    type=click.Choice(["visualdl", "tensorboard", "wandb", "swanlab"]),
+    help="Send the metrics there, too; may be repeated.",
+)
+@click.option(
+    "--resume",
+    metavar="DIR|auto",
+    is_flag=False,
+    flag_value="auto",
+    help="Go on from a checkpoint; from the latest one in --output when no folder is given.",
+)
+@click.option("--force", is_flag=True, help="Replace an earlier run's output.")
+@common_options
+def train_command(as_json: bool, **options: Any) -> None:
+    """Fine-tune a model with LoRA on a JSONL file of examples.
+
+    Each line is {"prompt": …, "completion": …}, {"text": …} or {"messages": [{"role": …,
+    "content": …}, …]}. The loss counts what the model has to say: the completion, the whole text,
+    the assistant's turns.
+
+    On several devices: python -m paddle.distributed.launch -m peft_deploy train …
+    """
+    from peft_deploy.cli._progress import RichProgress
+    from peft_deploy.environment import require_paddle
+
+    require_paddle("training")
+    from peft_deploy.training import train
+
+    with RichProgress() as progress:
+        result = train(_options(options), progress)
+    if as_json:
+        emit_json(result.to_dict())
+    else:
+        _show(result)
+
+
+def _options(given: dict[str, Any]) -> TrainOptions:
+    from peft_deploy.config import LoRAConfig
+    from peft_deploy.training import TrainOptions
+
+    keys = ("r", "lora_alpha", "lora_dropout", "rslora", "pissa", "lora_plus_scale")
+    lora = {key: given.pop(key) for key in keys}
+    targets = list(given.pop("target_modules")) or None
+    return TrainOptions(
+        **{**given, "report_to": tuple(given["report_to"])},
+        lora=LoRAConfig(**lora, target_modules=targets, base_model_name_or_path=given["base"]),
+    )
+
+
+def _show(result: TrainResult) -> None:
+    for remark in result.remarks:
+        say(f"[yellow]note:[/] {remark}")
+    measured = "" if result.eval_loss is None else f", {result.eval_loss:.3f} on the other data"
+    say(
+        f"{result.output}: {result.trained_parameters:,} parameters trained on "
+        f"{result.examples} examples in {result.steps} steps, {result.seconds:.0f} s; "
+        f"loss {result.first_loss:.3f} → {result.last_loss:.3f}{measured}"
+    )
