@@ -84,8 +84,11 @@ def test_other_weights_have_another_fingerprint(tmp_path: Path) -> None:
         "toy.layers.1.norm.weight": WEIGHTS["toy.layers.0.norm.weight"],
     }
     fewer = {n: a for n, a in WEIGHTS.items() if n != "lm_head.weight"}
-    prints = [fingerprint(ArrayTensors(w)) for w in (merged, transposed, swapped, fewer)]
-    assert len({base, *prints}) == 5
+    renamed = fewer | {"lm_tail.weight": WEIGHTS["lm_head.weight"]}
+    reshaped = WEIGHTS | {name: WEIGHTS[name].reshape(HIDDEN // 2, HIDDEN * 2)}
+    others = (merged, transposed, swapped, fewer, renamed, reshaped)
+    prints = [fingerprint(ArrayTensors(other)) for other in others]
+    assert len({base, *prints}) == 7
 
 
 def test_tied_weights_have_one_fingerprint_stored_once_or_twice(tmp_path: Path) -> None:

@@ -175,6 +175,38 @@ def test_opening_a_large_file_reads_a_few_bytes_of_it(
     assert 0 < taken < 4096 < path.stat().st_size
 
 
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_shape_that_does_not_fit_the_data(tmp_path: Path, protocol: int) -> None:
+    path = written(tmp_path, {"w": ARRAYS["f32"]}, protocol)
+    raw = path.read_bytes()
+    assert raw.count(b"K\x05K\x07") == 1  # [5, 7]
+    path.write_bytes(raw.replace(b"K\x05K\x07", b"K\x05K\x06"))
+    with pytest.raises(CheckpointError, match=r"w \[5, 6\] takes 120 bytes, but has 140"):
+        PdparamsFile(path)
+
+
+def test_a_shape_that_does_not_fit_data_kept_as_text(tmp_path: Path) -> None:
+    """The number of bytes shows when they are decoded, unless there can be no such text."""
+    path = written(tmp_path, {"w": ARRAYS["long"]}, protocol=2)
+    raw = path.read_bytes()
+    assert raw.count(b"K<K2") == 1  # [60, 50]
+    for columns, expected in ((51, 12240), (49, 11760)):
+        path.write_bytes(raw.replace(b"K<K2", b"K<K" + bytes([columns])))
+        file = PdparamsFile(path)
+        with pytest.raises(CheckpointError, match=rf"w is damaged: .*{expected}"):
+            file.read("w")
+    path.write_bytes(raw.replace(b"K<K2", b"K<K\x0a"))
+    with pytest.raises(CheckpointError, match=r"w \[60, 10\] takes 2400 bytes"):
+        PdparamsFile(path)
+
+
+def test_bytes_after_the_end_are_refused(tmp_path: Path) -> None:
+    path = written(tmp_path, {"w": ARRAYS["f32"]})
+    path.write_bytes(path.read_bytes() + b"x")
+    with pytest.raises(CheckpointError, match="1 bytes follow its end"):
+        PdparamsFile(path)
+
+
 # Files that try to run something.
 
 MARKER = "it-ran"
