@@ -1,0 +1,195 @@
+"""The facts about an adapter's files."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from peft_deploy.adapters.formats import Adapter, read_adapter
+from peft_deploy.adapters.formats.paddlenlp import WEIGHT_FILES
+from peft_deploy.inspection.tensors import FileSize, TensorTotals, file_sizes
+from peft_deploy.weights import Array, LoraPair, TensorInfo
+
+
+@dataclass(frozen=True)
+class TargetGroup:
+    """Adapted modules that differ only in the numbers in their names.
+
+    Args:
+        pattern: their name, ``*`` for each number.
+        count: how many.
+        shapes: of the weights they change, [in, out]; one unless the layers differ.
+        smallest: the smallest Frobenius norm of scaling · A · B among them.
+        largest: the largest.
+        unchanged: modules whose scaling · A · B is exactly zero.
+    """
+
+    pattern: str
+    count: int
+    shapes: tuple[tuple[int, int], ...]
+    smallest: float
+    largest: float
+    unchanged: int
+
+
+@dataclass(frozen=True)
+class AdapterInspection:
+    """An adapter on disk; reading it has checked that every value is finite.
+
+    Args:
+        path: the folder.
+        method: ``lora``, or ``lora (rslora)``, ``lora (pissa)``.
+        rank: R.
+        alpha: numerator of the scaling.
+        scaling: what A · B is multiplied by.
+        dropout: while training.
+        base_name: what the configuration says of the base model.
+        target_modules: the configuration's patterns.
+        trainable_modules: the configuration's patterns of what is saved whole.
+        trainable_bias: the configuration's.
+        targets: the adapted modules, grouped.
+        replaced: the tensors that take the place of the base's.
+        stored: what the file holds.
+        files: the adapter's files.
+        norm: Frobenius norm of all changes scaling · A · B together.
+        fingerprint: identifies the adapter, scaling included.
+        provenance: what the folder says of its origin; None when it says nothing.
+    """
+
+    path: Path
+    method: str
+    rank: int
+    alpha: float
+    scaling: float
+    dropout: float
+    base_name: str | None
+    target_modules: tuple[str, ...]
+    trainable_modules: tuple[str, ...]
+    trainable_bias: str | None
+    targets: tuple[TargetGroup, ...]
+    replaced: tuple[TensorInfo, ...]
+    stored: TensorTotals
+    files: tuple[FileSize, ...]
+    norm: float
+    fingerprint: str
+    provenance: Mapping[str, Any] | None
+
+    @property
+    def modules(self) -> int:
+        """How many modules are adapted."""
+        return sum(group.count for group in self.targets)
+
+    @property
+    def unchanged(self) -> int:
+        """Adapted modules that the adapter leaves exactly as they were."""
+        return sum(group.unchanged for group in self.targets)
+
+    @property
+    def untrained(self) -> bool:
+        """Whether the adapter changes nothing: every A · B is zero, and nothing is replaced."""
+        return self.unchanged == self.modules and not self.replaced
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready form."""
+        own = {
+            "path": str(self.path),
+            "finite": True,
+            "modules": self.modules,
+            "unchanged": self.unchanged,
+            "untrained": self.untrained,
+        }
+        return {"kind": "adapter", **asdict(self), **own}
+
+
+def inspect_adapter(folder: Path) -> AdapterInspection:
+    """The facts about an adapter's folder.
+
+    Raises:
+        AdapterError: no adapter, a damaged one, or NaN or infinity in it.
+        ConfigError: a configuration that cannot be used.
+    """
+    adapter = read_adapter(folder)
+    config = adapter.config
+    norms = {module: delta_norm(pair) for module, pair in adapter.pairs.items()}
+    variant = " (pissa)" if config.pissa else " (rslora)" if config.rslora else ""
+    return AdapterInspection(
+        path=folder,
+        method=f"lora{variant}",
+        rank=config.r,
+        alpha=float(config.lora_alpha),
+        scaling=config.scaling,
+        dropout=config.lora_dropout,
+        base_name=config.base_model_name_or_path,
+        target_modules=tuple(config.target_patterns),
+        trainable_modules=tuple(config.trainable_patterns),
+        trainable_bias=config.trainable_bias,
+        targets=_groups(adapter, norms),
+        replaced=tuple(_info(name, array) for name, array in adapter.replacements.items()),
+        stored=TensorTotals.of(_info(name, array) for name, array in adapter.state.items()),
+        files=file_sizes(_files(folder), folder),
+        norm=math.sqrt(sum(norm * norm for norm in norms.values())),
+        fingerprint=adapter.fingerprint,
+        provenance=_provenance(adapter),
+    )
+
+
+def delta_norm(pair: LoraPair) -> float:
+    """The Frobenius norm of scaling · A · B, without computing A · B.
+
+    ‖A·B‖² is the sum over the elementwise product of the R × R matrices Aᵀ·A and B·Bᵀ; float64.
+    """
+    A, B = pair.A.astype(np.float64), pair.B.astype(np.float64)  # [in, R], [R, out]
+    square = float(np.sum((A.T @ A) * (B @ B.T)))
+    return abs(pair.scaling) * math.sqrt(max(0.0, square))
+
+
+def grouped_name(module: str) -> str:
+    """The module's name with ``*`` for each part that is a number."""
+    return ".".join("*" if part.isdigit() else part for part in module.split("."))
+
+
+def _groups(adapter: Adapter, norms: Mapping[str, float]) -> tuple[TargetGroup, ...]:
+    members: dict[str, list[str]] = defaultdict(list)
+    for module in adapter.pairs:
+        members[grouped_name(module)].append(module)
+    return tuple(
+        TargetGroup(
+            pattern=pattern,
+            count=len(modules),
+            shapes=tuple(sorted({adapter.pairs[m].shape for m in modules})),
+            smallest=min(norms[m] for m in modules),
+            largest=max(norms[m] for m in modules),
+            unchanged=sum(norms[m] == 0 for m in modules),
+        )
+        for pattern, modules in members.items()
+    )
+
+
+def _info(name: str, array: Array) -> TensorInfo:
+    return TensorInfo(name, array.dtype.name, tuple(int(n) for n in array.shape))
+
+
+def _files(folder: Path) -> list[Path]:
+    """Configuration and weights; a training's other files in the folder are none of the adapter's."""
+    ours = (".json", ".safetensors")
+    return sorted(
+        p for p in folder.iterdir() if p.is_file() and (p.name in WEIGHT_FILES or p.suffix in ours)
+    )
+
+
+def _provenance(adapter: Adapter) -> dict[str, Any] | None:
+    found = adapter.provenance
+    if found is None:
+        return None
+    return {
+        "base_fingerprint": found.base_fingerprint,
+        "sampled_modules": len(found.base_weights),
+        "saved_while_merged": found.merged,
+        "principal_start": found.principal_start,
+    }
