@@ -78,7 +78,10 @@ def test_references_are_found_wherever_a_tensor_can_hide(tmp_path: Path) -> None
     constant = helper.make_node("Constant", [], ["c"], value=external("attribute.bin"))
     sub = helper.make_graph([constant], "sub", [], [y], [external("subgraph.bin")])
     nested = helper.make_node("If", ["x"], ["y"], then_branch=sub, else_branch=sub)
-    model = model_of([nested], [external("plain.bin")], x, y)
+    listed = helper.make_node("Many", ["x"], ["y"], tensors=[external("list.bin")], domain="d")
+    graphs = helper.make_node("Many", ["x"], ["y"], graphs=[helper.make_graph([], "e", [], [])])
+    graphs.attribute[0].graphs[0].initializer.append(external("graph-list.bin"))
+    model = model_of([nested, listed, graphs], [external("plain.bin")], x, y)
     sparse = onnx.SparseTensorProto(
         values=external("sparse-values.bin"), indices=external("sparse-indices.bin")
     )
@@ -87,7 +90,9 @@ def test_references_are_found_wherever_a_tensor_can_hide(tmp_path: Path) -> None
     function.node.append(helper.make_node("Constant", [], ["c"], value=external("function.bin")))
     model.training_info.add().algorithm.initializer.append(external("training.bin"))
     path = write(tmp_path / "model.onnx", model)
-    names = "attribute subgraph plain sparse-values sparse-indices function training"
+    names = (
+        "attribute subgraph list graph-list plain sparse-values sparse-indices function training"
+    )
     assert external_locations(path) == {f"{name}.bin" for name in names.split()}
 
 

@@ -59,6 +59,11 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p(top_p: float, kept: int) ->
     assert not got[kept:].any()
 
 
+def test_top_p_that_is_reached_exactly_needs_no_more_tokens() -> None:
+    got = probabilities(np.zeros((1, 4), np.float32), Sampling(temperature=1, top_p=0.5))
+    np.testing.assert_array_equal(got, [[0.5, 0.5, 0, 0]])
+
+
 def test_top_p_comes_after_temperature_and_top_k() -> None:
     # Two tokens left by top-k, 2/3 and 1/3: 0.6 of that is the first alone, 0.6 of the whole would
     # be both.

@@ -179,3 +179,17 @@ def test_batches_that_cannot_be(tmp_path: Path) -> None:
         pad_batch([[1], []], 0)
     with pytest.raises(ConfigError, match="'both' is neither"):
         pad_batch([[1]], 0, "both")  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_the_real_models_tokenizer(smollm2: Path) -> None:
+    tokenizer = Tokenizer.from_folder(smollm2)
+    assert tokenizer.encode(" Paris") == [7042]
+    assert tokenizer.decode(tokenizer.encode("naïve 😀 日本語\n\ttab")) == "naïve 😀 日本語\n\ttab"
+    assert tokenizer.vocab_size == 49152
+    assert tokenizer.decode(tokenizer.eos_ids, skip_special=False) == "<|im_end|>"
+    ids = tokenizer.chat_ids([{"role": "user", "content": "Hi"}])
+    text = tokenizer.decode(ids, skip_special=False)
+    assert text.startswith("<|im_start|>system\n")
+    assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+    assert ids.count(tokenizer.bos_id) == 3  # one a turn, none added in front
