@@ -1,8 +1,8 @@
 """Whether a bundle computes what was trained: cases, limits, comparison, report.
 
-The measure is the dynamic-graph model with its adapter active; :mod:`peft_deploy.parity.reference`
-is the only module here that needs Paddle, and is imported by name. Everything else works on any two
-runners. Must not import workflows or the command line.
+The measure is the dynamic-graph model with its adapter active. Only the module that wraps it,
+:mod:`peft_deploy.parity.reference`, needs Paddle; import it by name. Everything else works on any
+two runners. Must not import workflows or the command line.
 """
 
 from peft_deploy.parity.cases import Case, CaseMatrix, Text, build_matrix

@@ -253,7 +253,7 @@ def _padded(shuffled: list[Text]) -> list[Case]:
 
 def _cached(shuffled: list[Text], prose: Text, edge: Text) -> list[Case]:
     one, many = "past of one token", "past of many tokens"
-    chunks, decode = "prefill in chunks", "decode against recomputation"
+    chunks, decode = "prefill in chunks", "decode with cache"
     first = shuffled[:1]
     half = len(shuffled[0]) // 2
     left = padded(shuffled, "lll")

@@ -84,13 +84,13 @@ def check(
     options, progress, clock = options or CheckOptions(), progress or Silent(), Clock()
     progress.phase("Running the reference", len(matrix.texts) + len(matrix.cases), "cases")
     with clock.time("reference"):
-        known, exact = _read_texts(reference, matrix.texts, progress)
-        noise, warnings = _measure_noise(reference, matrix.cases, known, progress)
-        limits = _derive_limits(noise, exact=exact, dtype=_dtype(bundle))
-        effect = _measure_effect(reference, known, limits)
+        truth = _read_texts(reference, matrix.texts, progress)
+        noise, warnings = _measure_noise(reference, matrix.cases, truth.known, progress)
+        limits = _derive_limits(noise, exact=truth.exact, dtype=_dtype(bundle))
+        effect = None if truth.effect is None else Effect(truth.effect, limits)
     progress.phase("Running the bundle", len(matrix.cases), "cases")
     with clock.time("bundle"):
-        results = tuple(_run_bundle(bundle, matrix.cases, known, limits, progress))
+        results = tuple(_run_bundle(bundle, matrix.cases, truth.known, limits, progress))
     generation = None
     if prompts:
         progress.phase("Generating on both sides", 2 * options.new_tokens, "tokens")
@@ -105,7 +105,7 @@ def check(
         generation=generation,
         effect=effect,
         limits=limits,
-        exact=exact,
+        exact=truth.exact,
         real_text=options.real_text,
         seed=options.seed,
         warnings=warnings,
@@ -118,17 +118,43 @@ def _dtype(bundle: Runner) -> str:
     return next(spec.dtype for spec in bundle.signature.outputs if spec.name == LOGITS)
 
 
-def _read_texts(
-    reference: Reference, texts: Sequence[Text], progress: Progress
-) -> tuple[dict[Text, Results], bool]:
-    """What every text has to give, and whether that was computed in float64."""
+@dataclass(frozen=True, eq=False)
+class _Measure:
+    """What the reference says about the texts.
+
+    Args:
+        known: what every text has to give.
+        effect: what the adapter changes on the longest text; None without an adapter.
+        exact: whether this was computed in float64.
+    """
+
+    known: Mapping[Text, Results]
+    effect: Differences | None
+    exact: bool
+
+
+def _read_texts(reference: Reference, texts: Sequence[Text], progress: Progress) -> _Measure:
     exact = reference.exact()
+    source = exact or reference
     known: dict[Text, Results] = {}
     for text in texts:
-        known[text] = read_text(exact or reference, text)
+        known[text] = read_text(source, text)
         _check_finite(text, known[text])
         progress.advance(1, text.name)
-    return known, exact is not None
+    return _Measure(known, _measure_effect(source, known), exact is not None)
+
+
+def _measure_effect(source: Reference, known: Mapping[Text, Results]) -> Differences | None:
+    plain = source.without_adapters()
+    if plain is None:
+        return None
+    text = max(known, key=len)
+    counts = np.ones((1, len(text)), bool)
+    without = read_text(plain, text).outputs()
+    return {
+        name: measure(values, without[name], counts, logits=name == LOGITS, brief=True)
+        for name, values in known[text].outputs().items()
+    }
 
 
 def _check_finite(text: Text, results: Results) -> None:
@@ -190,20 +216,6 @@ def _derive_limits(noise: Sequence[Differences], *, exact: bool, dtype: str) -> 
     }
 
 
-def _measure_effect(
-    reference: Reference, known: Mapping[Text, Results], limits: Mapping[str, Limit]
-) -> Effect | None:
-    """How far the logits are without the adapter, on the longest text."""
-    plain = reference.without_adapters()
-    if plain is None:
-        return None
-    text = max(known, key=len)
-    counts = np.ones((1, len(text)), bool)
-    without = read_text(plain, text)
-    difference = measure(known[text].logits, without.logits, counts, logits=True)
-    return Effect(difference, limits[LOGITS])
-
-
 def _run_bundle(
     bundle: Runner,
     cases: Sequence[Case],
@@ -230,11 +242,9 @@ def _run_bundle(
 
 def _blind(effect: Effect) -> str:
     proves_nothing = "this check proves nothing about it"
-    reach = effect.difference.max_abs
-    if reach == 0:
+    if all(difference.max_abs == 0 for difference in effect.differences.values()):
         return f"the adapter changes nothing (is its lora_B still zero?): {proves_nothing}"
-    limit = effect.limit.maximum * effect.difference.scale
     return (
-        f"the adapter changes the logits by at most {reach:.3g}, against a limit of {limit:.3g}: "
-        f"{proves_nothing}"
+        f"the adapter changes the logits by {effect.logits.max_abs:.3g} at most, which is too "
+        f"little against the rounding noise: {proves_nothing}"
     )

@@ -11,7 +11,7 @@ from peft_deploy.runtime.runner import Runner
 class Reference(Runner, Protocol):
     """The model that was trained, with its adapter active and not merged."""
 
-    def exact(self) -> Runner | None:
+    def exact(self) -> Reference | None:
         """The same model computing in float64; None when it would be too large.
 
         The caller drops it as soon as it can: it may be twice as large as the reference.

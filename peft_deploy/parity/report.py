@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from peft_deploy.parity.compare import Difference, json_number
 from peft_deploy.parity.tolerance import Limit
+from peft_deploy.signature import LOGITS
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -205,19 +206,25 @@ class Effect:
     """What the adapter changes, against what the check can see.
 
     Args:
-        difference: of the logits with and without the adapter.
-        limit: of the logits.
+        differences: output → its difference with and without the adapter, on one text.
+        limits: output → its limit.
     """
 
-    difference: Difference
-    limit: Limit
+    differences: Mapping[str, Difference]
+    limits: Mapping[str, Limit]
+
+    @property
+    def logits(self) -> Difference:
+        """Of the logits."""
+        return self.differences[LOGITS]
 
     @property
     def sensitivity(self) -> float:
-        """The smallest relative error of the adapter that breaks the limit: 0.01 means 1 % too
-        strong or weak.
+        """The smallest relative error of the adapter's strength that breaks some limit.
+
+        0.01 means that an adapter applied 1 % too strongly fails the check.
         """
-        used = self.limit.used(self.difference)
+        used = max(self.limits[name].used(d) for name, d in self.differences.items())
         return 1 / used if used > 0 else float("inf")
 
     @property
@@ -228,9 +235,9 @@ class Effect:
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready form."""
         return {
-            "max_abs": self.difference.max_abs,
-            "relative_max": self.difference.relative_max,
-            "mean_abs": self.difference.mean_abs,
+            "logits_max_abs": self.logits.max_abs,
+            "logits_mean_abs": self.logits.mean_abs,
+            "logits_relative_max": json_number(self.logits.relative_max),
             "sensitivity": json_number(self.sensitivity),
             "proves_nothing": self.is_blind,
         }

@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from peft_deploy.parity.report import CaseResult, GenerationResult, ParityReport
+from peft_deploy.parity.report import CaseResult, Effect, GenerationResult, ParityReport
 
 _SHOWN_FAILURES = 3
 
@@ -20,18 +20,19 @@ def render(report: ParityReport) -> RenderableType:
     if report.generation is not None:
         parts += [Text(f"  {line}") for line in _generation_failures(report.generation)]
     if report.effect is not None and not report.effect.is_blind:
-        parts.append(
-            Text(
-                "The adapter changes the logits by up to "
-                f"{report.effect.difference.max_abs:.3g}; a change of its strength by "
-                f"{_percent(report.effect.sensitivity)} would have failed this check."
-            )
-        )
+        parts.append(Text(_effect(report.effect)))
     parts += [Text(f"Warning: {warning}", style="yellow") for warning in report.warnings]
     parts.append(
         Text(closing_sentence(report), style="bold green" if report.passed else "bold red")
     )
     return Group(*parts)
+
+
+def _effect(effect: Effect) -> str:
+    return (
+        f"The adapter changes the logits by up to {effect.logits.max_abs:.3g}; applied "
+        f"{_percent(effect.sensitivity)} too strongly it would have failed."
+    )
 
 
 def closing_sentence(report: ParityReport) -> str:
@@ -61,7 +62,7 @@ def _table(report: ParityReport) -> Table:
     table.add_column("case", no_wrap=True)
     for heading in ("outputs", "worst error", "limit", "top-1"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("")
+    table.add_column("verdict", no_wrap=True)
     grouped: dict[str, list[CaseResult]] = {}
     for case in report.cases:
         grouped.setdefault(case.group, []).append(case)

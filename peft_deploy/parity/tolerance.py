@@ -16,7 +16,9 @@ mean, which hardly varies between two correct implementations, catches what is s
 everywhere.
 
 *K* covers what differs between correct implementations: kernels that block their sums differently,
-weights that were rounded once more by a merge, fused operators.
+weights that were rounded once more by a merge, fused operators. The largest ratio seen between a
+correct bundle's error and the reference's own was 2.8, over 150 random decoders and a trained one
+under ONNX Runtime; K leaves as much room again.
 
 *The floor* covers outputs on which the reference happens to make almost no error, such as the
 first layer's cache: a few roundings of the element type.
@@ -44,7 +46,7 @@ from peft_deploy.parity.compare import Difference
 # Unit roundoff of an element type: half the distance between 1 and the next number.
 ROUNDOFF = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 
-K = 10.0
+K = 8.0
 FLOOR_ROUNDINGS = 16  # of the largest error, in units of the roundoff
 MEAN_FLOOR_ROUNDINGS = 2  # of the mean error
 FLOOR_WITHOUT_EXACT = 1e-4
