@@ -14,10 +14,17 @@ from peft_deploy.adapters.lora.layer import LoRALayer  # noqa: E402
 from peft_deploy.adapters.lora.linear import LoRALinear  # noqa: E402
 from peft_deploy.adapters.lora.merged_linear import LoRAMergedLinear  # noqa: E402
 from peft_deploy.adapters.lora.model import LoRAModel  # noqa: E402
+from peft_deploy.adapters.lora.parallel import (  # noqa: E402
+    ColumnParallelLoRALinear,
+    ColumnParallelLoRAMergedLinear,
+    RowParallelLoRALinear,
+)
 from peft_deploy.adapters.lora.trainable import mark_only_lora_as_trainable  # noqa: E402
 from peft_deploy.config import LoRAConfig  # noqa: E402
 
 __all__ = [
+    "ColumnParallelLoRALinear",
+    "ColumnParallelLoRAMergedLinear",
     "LoRAConfig",
     "LoRAConv2D",
     "LoRAEmbedding",
@@ -25,5 +32,6 @@ __all__ = [
     "LoRALinear",
     "LoRAMergedLinear",
     "LoRAModel",
+    "RowParallelLoRALinear",
     "mark_only_lora_as_trainable",
 ]

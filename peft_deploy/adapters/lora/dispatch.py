@@ -8,12 +8,18 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from paddle import nn
+from paddle.distributed.fleet.meta_parallel import ColumnParallelLinear, RowParallelLinear
 
 from peft_deploy.adapters.lora.conv import LoRAConv2D
 from peft_deploy.adapters.lora.embedding import LoRAEmbedding
 from peft_deploy.adapters.lora.layer import LoRALayer
 from peft_deploy.adapters.lora.linear import LoRALinear
 from peft_deploy.adapters.lora.merged_linear import LoRAMergedLinear
+from peft_deploy.adapters.lora.parallel import (
+    ColumnParallelLoRALinear,
+    ColumnParallelLoRAMergedLinear,
+    RowParallelLoRALinear,
+)
 from peft_deploy.config import LoRAConfig, LoRAConfigError
 
 Parts: TypeAlias = "list[bool] | None"  # enable_lora of one target
@@ -45,9 +51,32 @@ def _conv(module: nn.Layer, config: LoRAConfig, parts: Parts) -> LoRALayer | Non
 def _embedding(module: nn.Layer, config: LoRAConfig, parts: Parts) -> LoRALayer | None:
     if parts is not None or not isinstance(module, nn.Embedding):
         return None
-    if config.pissa:
-        raise LoRAConfigError("pissa is not supported for embeddings")
+    _refuse_pissa(module, config)
     return LoRAEmbedding.wrap(module, rslora=config.rslora, **_common(config))
+
+
+def _column_parallel(module: nn.Layer, config: LoRAConfig, parts: Parts) -> LoRALayer | None:
+    if not isinstance(module, ColumnParallelLinear):
+        return None
+    _refuse_pissa(module, config)
+    if parts is None or config.head_dim is None:
+        return ColumnParallelLoRALinear.wrap(module, rslora=config.rslora, **_common(config))
+    _refuse_scaling_variants("ColumnParallelLoRAMergedLinear", config)
+    return ColumnParallelLoRAMergedLinear.wrap(
+        module, head_dim=config.head_dim, enable_lora=parts, **_common(config)
+    )
+
+
+def _row_parallel(module: nn.Layer, config: LoRAConfig, parts: Parts) -> LoRALayer | None:
+    if parts is not None or not isinstance(module, RowParallelLinear):
+        return None
+    _refuse_pissa(module, config)
+    return RowParallelLoRALinear.wrap(module, rslora=config.rslora, **_common(config))
+
+
+def _refuse_pissa(module: nn.Layer, config: LoRAConfig) -> None:
+    if config.pissa:
+        raise LoRAConfigError(f"pissa is not supported for {type(module).__name__}")
 
 
 def _common(config: LoRAConfig) -> dict[str, Any]:
@@ -69,10 +98,17 @@ def _refuse_scaling_variants(layer: str, config: LoRAConfig) -> None:
 
 
 # A fused projection is a Linear too, so it has to be asked for first; the rest exclude each other.
-FACTORIES: tuple[Factory, ...] = (_fused_linear, _linear, _conv, _embedding)
+FACTORIES: tuple[Factory, ...] = (
+    _fused_linear,
+    _linear,
+    _conv,
+    _embedding,
+    _column_parallel,
+    _row_parallel,
+)
 
 
-SUPPORTED = "paddle.nn.Linear, Conv2D and Embedding"
+SUPPORTED = "paddle.nn.Linear, Conv2D, Embedding, ColumnParallelLinear and RowParallelLinear"
 
 
 def make_lora_layer(

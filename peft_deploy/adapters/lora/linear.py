@@ -36,7 +36,40 @@ def refuse_variants(lora_use_mixer: bool, use_mora: bool) -> None:
         raise LoRAConfigError(f"{name} is not supported")
 
 
-class LoRALinear(LoRALayer, nn.Linear):  # type: ignore[misc]
+class LowRankLayer(LoRALayer):
+    """A LoRA layer whose branch is ``scaling · dropout(x) @ A @ B`` with A [in, R] and B [R, out]."""
+
+    def get_delta_weight(
+        self,
+        lora_A: paddle.Tensor | None = None,
+        lora_B: paddle.Tensor | None = None,
+        lora_AB: paddle.Tensor | None = None,
+    ) -> paddle.Tensor:
+        """``scaling · A @ B`` [in, out] in the type of A, accumulated in float32 or better.
+
+        Args:
+            lora_A: in place of the layer's own, [in, R].
+            lora_B: in place of the layer's own, [R, out].
+            lora_AB: not supported (the mixer's matrix).
+        """
+        refuse_variants(lora_AB is not None, use_mora=False)
+        A = self.lora_A if lora_A is None else lora_A
+        B = self.lora_B if lora_B is None else lora_B
+        wide = "float64" if A.dtype == paddle.float64 else "float32"
+        return (A.astype(wide) @ B.astype(wide) * self.scaling).astype(A.dtype)
+
+    def reduce(self, input: paddle.Tensor) -> paddle.Tensor:
+        """``scaling · dropout(x) @ A``, in the type of A: [..., in] → [..., R]."""
+        x = self.lora_dropout(input)
+        if x.dtype != self.lora_A.dtype:
+            x = x.astype(self.lora_A.dtype)
+        return x @ self.lora_A * self.scaling
+
+    def _pair(self) -> LoraPair:
+        return LoraPair(to_array(self.lora_A), to_array(self.lora_B), self.scaling)
+
+
+class LoRALinear(LowRankLayer, nn.Linear):  # type: ignore[misc]
     """``y = x @ W + b + scaling · dropout(x) @ A @ B`` with W [in, out], A [in, R], B [R, out].
 
     W is frozen; the bias keeps its state. The scaling is alpha / R, with rsLoRA alpha / sqrt(R)
@@ -128,41 +161,12 @@ class LoRALinear(LoRALayer, nn.Linear):  # type: ignore[misc]
         if pissa:
             self._start_from_principal_part()
 
-    def get_delta_weight(
-        self,
-        lora_A: paddle.Tensor | None = None,
-        lora_B: paddle.Tensor | None = None,
-        lora_AB: paddle.Tensor | None = None,
-    ) -> paddle.Tensor:
-        """``scaling · A @ B`` [in, out] in the type of A, accumulated in float32 or better.
-
-        Args:
-            lora_A: in place of the layer's own, [in, R].
-            lora_B: in place of the layer's own, [R, out].
-            lora_AB: not supported (the mixer's matrix).
-        """
-        refuse_variants(lora_AB is not None, use_mora=False)
-        A = self.lora_A if lora_A is None else lora_A
-        B = self.lora_B if lora_B is None else lora_B
-        wide = "float64" if A.dtype == paddle.float64 else "float32"
-        return (A.astype(wide) @ B.astype(wide) * self.scaling).astype(A.dtype)
-
     def forward(self, input: paddle.Tensor, *args: Any, **kwargs: Any) -> paddle.Tensor:
         """[..., in] → [..., out]; further arguments are ignored, as in the reference."""
         result = functional.linear(input, self.weight, self.bias, self.name)
         if self.disable_lora or self.merged:
             return result
-        return add_branch(result, self.branch(input))
-
-    def branch(self, input: paddle.Tensor) -> paddle.Tensor:
-        """``scaling · dropout(x) @ A @ B``, in the type of A: [..., in] → [..., out]."""
-        x = self.lora_dropout(input)
-        if x.dtype != self.lora_A.dtype:
-            x = x.astype(self.lora_A.dtype)
-        return x @ self.lora_A @ self.lora_B * self.scaling
-
-    def _pair(self) -> LoraPair:
-        return LoraPair(to_array(self.lora_A), to_array(self.lora_B), self.scaling)
+        return add_branch(result, self.reduce(input) @ self.lora_B)
 
     def extra_repr(self) -> str:
         """What ``print(layer)`` shows between the brackets."""

@@ -19,7 +19,76 @@ from peft_deploy.config import LoRAConfigError, LoRAConfigTypeError
 from peft_deploy.weights.lora import LoraPair
 
 
-class LoRAMergedLinear(LoRALayer, nn.Linear):  # type: ignore[misc]
+class FusedLayer(LoRALayer):
+    """A LoRA layer on a fused projection; see :class:`LoRAMergedLinear` for the shapes."""
+
+    create_parameter: Any
+    head_dim: int
+    head_num: int
+    enable_lora: list[bool]
+    merge_weights: bool
+
+    def _create_branch(
+        self,
+        head_dim: int,
+        enable_lora: Sequence[bool],
+        merge_weights: bool,
+        lora_plus_scale: float,
+        dtype: str,
+        attr: paddle.ParamAttr | None = None,
+    ) -> None:
+        self.in_features, self.out_features = self.weight.shape
+        self.head_dim = head_dim
+        self.enable_lora = list(enable_lora)
+        self.merge_weights = merge_weights
+        self.head_num = self.out_features // (len(self.enable_lora) * head_dim)
+        n = sum(self.enable_lora)
+        self.lora_A = self.create_parameter(
+            [self.in_features, self.r * n],
+            dtype=dtype,
+            attr=attr or paddle.ParamAttr(initializer=kaiming_uniform()),
+        )
+        self.lora_B = self.create_parameter(
+            [self.r, self.head_num * n * head_dim], dtype=dtype, attr=zeros(lora_plus_scale)
+        )
+
+    def get_delta_weight(self) -> paddle.Tensor:
+        """What merging adds to the weight [in, H · parts · D], in the type of A."""
+        wide = "float64" if self.lora_A.dtype == paddle.float64 else "float32"
+        delta = self.project(self.lora_A.astype(wide), self.lora_B.astype(wide))
+        return (delta * self.scaling).astype(self.lora_A.dtype)
+
+    def reduce(self, input: paddle.Tensor) -> paddle.Tensor:
+        """``scaling · dropout(x) @ A``, in the type of A: [..., in] → [..., n · R]."""
+        x = self.lora_dropout(input)
+        if x.dtype != self.lora_A.dtype:
+            x = x.astype(self.lora_A.dtype)
+        return x @ self.lora_A * self.scaling
+
+    def project(self, h: paddle.Tensor, B: paddle.Tensor) -> paddle.Tensor:
+        """Each block of R columns of h [..., n · R] through its part of B, laid out like the
+        weight.
+        """
+        lead = h.shape[:-1]
+        heads = [*lead, self.head_num, 1, self.head_dim]
+        by_head = B.reshape([self.r, self.head_num, -1, self.head_dim])  # [R, H, n, D]
+        blocks = paddle.split(h, sum(self.enable_lora), axis=-1)  # n of [..., R]
+        parts, k = [], 0
+        for enabled in self.enable_lora:
+            if enabled:
+                part = blocks[k] @ by_head[:, :, k].reshape([self.r, -1])  # [..., H · D]
+                parts.append(part.reshape(heads))
+                k += 1
+            else:
+                parts.append(paddle.zeros(heads, h.dtype))
+        return paddle.concat(parts, axis=-2).reshape([*lead, self.out_features])
+
+    def _pair(self) -> LoraPair:
+        B = spread_parts(to_array(self.lora_B), self.enable_lora, self.head_dim)
+        return LoraPair(to_array(self.lora_A), B, self.scaling)
+
+
+class LoRAMergedLinear(FusedLayer, nn.Linear):  # type: ignore[misc]
     """A fused projection (as query, key and value in GPT, Bloom and ChatGLM) of which some parts
     get LoRA.
 
@@ -57,7 +126,7 @@ class LoRAMergedLinear(LoRALayer, nn.Linear):  # type: ignore[misc]
         **linear_kwargs: Any,
     ) -> None:
         check_rank(r)
-        _check_parts(out_features, head_dim, enable_lora)
+        check_parts(out_features, head_dim, enable_lora)
         nn.Linear.__init__(self, in_features, out_features, **linear_kwargs)
         self._begin(r, lora_alpha, lora_dropout)
         self._create_branch(head_dim, enable_lora, merge_weights, 1.0, self._dtype)
@@ -78,7 +147,7 @@ class LoRAMergedLinear(LoRALayer, nn.Linear):  # type: ignore[misc]
         """A LoRA layer that shares the weight and bias of an existing layer; see the class for the
         arguments.
         """
-        _check_parts(linear.weight.shape[1], head_dim, enable_lora)
+        check_parts(linear.weight.shape[1], head_dim, enable_lora)
         layer = cls.__new__(cls)
         adopt(layer, linear)
         layer._begin(r, lora_alpha, lora_dropout)
@@ -87,64 +156,12 @@ class LoRAMergedLinear(LoRALayer, nn.Linear):  # type: ignore[misc]
         )
         return layer
 
-    def _create_branch(
-        self,
-        head_dim: int,
-        enable_lora: Sequence[bool],
-        merge_weights: bool,
-        lora_plus_scale: float,
-        dtype: str,
-    ) -> None:
-        self.in_features, self.out_features = self.weight.shape
-        self.head_dim = head_dim
-        self.enable_lora = list(enable_lora)
-        self.merge_weights = merge_weights
-        self.head_num = self.out_features // (len(self.enable_lora) * head_dim)
-        n = sum(self.enable_lora)
-        self.lora_A = self.create_parameter(
-            [self.in_features, self.r * n], dtype=dtype, default_initializer=kaiming_uniform()
-        )
-        self.lora_B = self.create_parameter(
-            [self.r, self.head_num * n * head_dim], dtype=dtype, attr=zeros(lora_plus_scale)
-        )
-
-    def get_delta_weight(self) -> paddle.Tensor:
-        """What merging adds to the weight [in, H · parts · D], in the type of A."""
-        wide = "float64" if self.lora_A.dtype == paddle.float64 else "float32"
-        delta = self._project(self.lora_A.astype(wide), self.lora_B.astype(wide))
-        return (delta * self.scaling).astype(self.lora_A.dtype)
-
     def forward(self, input: paddle.Tensor) -> paddle.Tensor:
         """[..., in] → [..., out]."""
         result = functional.linear(input, self.weight, self.bias, self.name)
         if self.disable_lora or self.merged:
             return result
-        x = self.lora_dropout(input)
-        if x.dtype != self.lora_A.dtype:
-            x = x.astype(self.lora_A.dtype)
-        return add_branch(result, self._project(x @ self.lora_A * self.scaling, self.lora_B))
-
-    def _project(self, h: paddle.Tensor, B: paddle.Tensor) -> paddle.Tensor:
-        """Each block of R columns of h [..., n · R] through its part of B, laid out like the
-        weight.
-        """
-        lead = h.shape[:-1]
-        heads = [*lead, self.head_num, 1, self.head_dim]
-        by_head = B.reshape([self.r, self.head_num, -1, self.head_dim])  # [R, H, n, D]
-        blocks = paddle.split(h, sum(self.enable_lora), axis=-1)  # n of [..., R]
-        parts, k = [], 0
-        for enabled in self.enable_lora:
-            if enabled:
-                part = blocks[k] @ by_head[:, :, k].reshape([self.r, -1])  # [..., H · D]
-                parts.append(part.reshape(heads))
-                k += 1
-            else:
-                parts.append(paddle.zeros(heads, h.dtype))
-        return paddle.concat(parts, axis=-2).reshape([*lead, self.out_features])
-
-    def _pair(self) -> LoraPair:
-        B = spread_parts(to_array(self.lora_B), self.enable_lora, self.head_dim)
-        return LoraPair(to_array(self.lora_A), B, self.scaling)
+        return add_branch(result, self.project(self.reduce(input), self.lora_B))
 
     def train(self, mode: bool = True) -> LoRAMergedLinear:
         """Training mode; unmerges when the layer was made with ``merge_weights``."""
@@ -167,7 +184,13 @@ class LoRAMergedLinear(LoRALayer, nn.Linear):  # type: ignore[misc]
         return f"{shape}, rank={self.r}{name}"
 
 
-def _check_parts(out_features: int, head_dim: int, enable_lora: Sequence[bool]) -> None:
+def check_parts(out_features: int, head_dim: int, enable_lora: Sequence[bool]) -> None:
+    """Refuses parts that are no list of booleans, or that do not divide the output.
+
+    Raises:
+        LoRAConfigError: nothing is adapted, or the output is no whole number of heads.
+        LoRAConfigTypeError: not a list of booleans.
+    """
     is_list = isinstance(enable_lora, (list, tuple)) and len(enable_lora) > 0
     if not is_list or not all(isinstance(part, bool) for part in enable_lora):
         raise LoRAConfigTypeError(f"enable_lora must be a list of bools, not {enable_lora!r}")
