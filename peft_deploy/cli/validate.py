@@ -45,9 +45,11 @@ def validate_command(
     Exit code 7 when it does not.
     """
     from peft_deploy.cli._progress import RichProgress
-    from peft_deploy.errors import ParityError
+    from peft_deploy.errors import OutputError, ParityError
     from peft_deploy.workflows.validate import validate
 
+    if report_file is not None and not report_file.parent.is_dir():
+        raise OutputError(f"the report's folder {report_file.parent} does not exist")
     with RichProgress() as progress:
         report = validate(
             bundle, base, adapter=adapter, provider=provider, seed=seed, progress=progress
