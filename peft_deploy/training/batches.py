@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -59,22 +60,38 @@ class SeededBatches(paddle.io.DistributedBatchSampler):  # type: ignore[misc]
     """Batches of example numbers, shuffled anew for each epoch.
 
     The order depends on nothing but the seed and the epoch that the Trainer announces, so a
-    resumed run sees the batches that the first one would have seen.
+    resumed run sees the batches that the first one would have seen. Batches at the end of an epoch
+    that fill no step are left out: the Trainer would add their gradients to the first step of the
+    next epoch.
 
     Args:
         dataset: the examples.
         batch_size: examples in a batch, on each rank.
         seed: decides the order.
+        accumulation: batches in a step.
         ranks: number of data-parallel processes.
         rank: this one's.
     """
 
     def __init__(
-        self, dataset: Examples, batch_size: int, seed: int, ranks: int = 1, rank: int = 0
+        self,
+        dataset: Examples,
+        batch_size: int,
+        seed: int,
+        accumulation: int = 1,
+        ranks: int = 1,
+        rank: int = 0,
     ) -> None:
         super().__init__(dataset, batch_size, num_replicas=ranks, rank=rank, shuffle=True)
         self._seed = seed
+        self._accumulation = accumulation
         self.set_epoch(0)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return itertools.islice(super().__iter__(), len(self))
+
+    def __len__(self) -> int:
+        return int(super().__len__()) // self._accumulation * self._accumulation
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the order of an epoch."""

@@ -18,7 +18,7 @@ _SMOOTHING = 0.8  # weight of the past in the loss beside the bar
 
 
 class Report(TrainerCallback):  # type: ignore[misc]
-    """Moves the progress bar, keeps the metrics, and clears gradients that belong to no step.
+    """Moves the progress bar and keeps the metrics.
 
     Args:
         progress: the display; silent on all ranks but the first.
@@ -48,17 +48,6 @@ class Report(TrainerCallback):  # type: ignore[misc]
         if self._path is not None and self._path.is_file():
             lines = map(json.loads, self._path.read_text("utf-8").splitlines())
             self._entries = [e for e in lines if e["step"] <= state.global_step]
-
-    def on_epoch_begin(
-        self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any
-    ) -> None:
-        """Drops the gradients of batches at the end of an epoch that filled no step.
-
-        The Trainer would add them to the first step of the next epoch, and a resumed run could not
-        know them.
-        """
-        if optimizer is not None:
-            optimizer.clear_grad()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Moves the bar by one step."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from peft_deploy.base import BaseModel, open_base
 from peft_deploy.base.dygraph import load_model
 from peft_deploy.config import LoRAConfig
 from peft_deploy.config.json_file import make_folder, write_json
+from peft_deploy.environment import debugging
 from peft_deploy.errors import ConfigError
 from peft_deploy.progress import Progress, Silent
 from peft_deploy.text import Tokenizer
@@ -102,6 +104,16 @@ def train(options: TrainOptions, progress: Progress | None = None) -> TrainResul
         >>> train(TrainOptions(base="models/smollm2-135m", data=Path("tools/demo_data/train.jsonl"),
         ...     output=Path("adapter"), epochs=2))  # doctest: +SKIP
     """
+    # The optimizer's state is kept under the names that Paddle gives to tensors by counting them;
+    # counting from 0 makes them the same in every run, so that a resumed run finds its own.
+    with warnings.catch_warnings(), unique_name.guard():
+        if not debugging():
+            # Of one Paddle function that another has replaced, and the like.
+            warnings.filterwarnings("ignore", module=r"paddlenlp\.")
+        return _train(options, progress)
+
+
+def _train(options: TrainOptions, progress: Progress | None) -> TrainResult:
     first = int(os.environ.get("PADDLE_TRAINER_ID", "0")) == 0
     progress = progress if progress is not None and first else Silent()
     if first:
@@ -177,13 +189,9 @@ def _resolved(lora: LoRAConfig, base: BaseModel) -> LoRAConfig:
 def _build(
     base: BaseModel, lora: LoRAConfig, options: TrainOptions, progress: Progress
 ) -> LoRAModel:
-    # The optimizer's state is kept under the names that Paddle gives to parameters by counting
-    # them; counting from 0 makes them the same in every run.
-    with unique_name.guard():
-        model = load_model(base, options.dtype, progress)
-        paddle.seed(options.seed)
-        adapted = LoRAModel(model, lora)
-    return adapted
+    model = load_model(base, options.dtype, progress)
+    paddle.seed(options.seed)
+    return LoRAModel(model, lora)
 
 
 def _arguments(options: TrainOptions) -> TrainingArguments:

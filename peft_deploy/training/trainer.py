@@ -103,6 +103,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
             self.train_dataset,
             self.args.per_device_train_batch_size,
             self.args.seed,
+            self.args.gradient_accumulation_steps,
             max(self.args.dataset_world_size, 1),
             max(self.args.dataset_rank, 0),
         )
