@@ -122,10 +122,11 @@ class Provenance:
                 other.append(module)
                 continue
             unit = ROUNDING[sample.dtype] + ROUNDING.get(weight.dtype.name, 0.0)
-            if _close(now, then, unit):
+            if _close(now, then, unit * np.abs(then)):
                 continue
             added = np.array(WeightSample.of(lora_delta(pairs[module])).values)
-            (merged if _close(now, then + added, 4 * unit) else other).append(module)
+            slack = 4 * unit * (np.abs(then) + np.abs(added))
+            (merged if _close(now, then + added, slack) else other).append(module)
         if merged:
             raise AdapterError(
                 f"the base model already holds this adapter, merged into:\n{listed(merged)}",
@@ -154,5 +155,5 @@ def _positions(weight: Array) -> Any:
     return (spaced + 7 * np.arange(count)) % max(1, weight.size)
 
 
-def _close(a: Any, b: Any, unit: float) -> bool:
-    return bool(np.all(np.abs(a - b) <= unit * np.maximum(np.abs(a), np.abs(b)) + 1e-12))
+def _close(a: Any, b: Any, slack: Any) -> bool:
+    return bool(np.all(np.abs(a - b) <= slack + 1e-12))

@@ -468,6 +468,27 @@ def test_scaling_that_the_reference_ignores_is_refused(option: str, kind: str) -
         LoRAModel(Net(), LoRAConfig(r=2, **{option: True}, **options))
 
 
+class Doubled(nn.Linear):
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        return 2 * super().forward(x)
+
+
+def test_a_layer_with_a_forward_of_its_own_is_refused() -> None:
+    with pytest.raises(ValueError, match="Doubled is a Linear with a forward of its own"):
+        LoRAModel(nn.Sequential(Doubled(4, 4)), LoRAConfig(target_modules="0"))
+    patched = nn.Sequential(nn.Linear(4, 4))
+    patched[0].forward = lambda x: x
+    with pytest.raises(ValueError, match="forward of its own"):
+        LoRAModel(patched, LoRAConfig(target_modules="0"))
+
+
+def test_hooks_of_a_layer_come_along() -> None:
+    net, seen = nn.Sequential(nn.Linear(4, 4)), []
+    net[0].register_forward_post_hook(lambda layer, inputs, output: seen.append(type(layer)))
+    LoRAModel(net, LoRAConfig(target_modules="0"))(paddle.randn([1, 4]))
+    assert seen == [LoRALinear]
+
+
 def test_the_configuration_given_is_not_changed() -> None:
     given = config()
     model = LoRAModel(tiny_llama(), given)

@@ -23,8 +23,8 @@ from peft_deploy.adapters.lora import (
     LoRAMergedLinear,
     LoRAModel,
     RowParallelLoRALinear,
+    row_parallel,
 )
-from peft_deploy.adapters.lora import parallel as layers
 
 IN, OUT, R, ALPHA = 8, 12, 3, 6
 RANKS = 2
@@ -37,7 +37,7 @@ def strategy(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     tracker = SimpleNamespace(rng_state=lambda: nullcontext())
     monkeypatch.setattr(mp_layers, "get_rng_state_tracker", lambda: tracker)
-    monkeypatch.setattr(layers, "get_rng_state_tracker", lambda: tracker)
+    monkeypatch.setattr(row_parallel, "get_rng_state_tracker", lambda: tracker)
 
 
 def group(rank: int = 0, ranks: int = RANKS) -> SimpleNamespace:

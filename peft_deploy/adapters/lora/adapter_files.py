@@ -1,27 +1,124 @@
-"""Writes the active adapter of a LoRAModel to a folder."""
+"""A LoRAModel from an adapter's folder, and its active adapter into one."""
 
 from __future__ import annotations
 
 import copy
+import os
 import tempfile
-from dataclasses import replace
+from collections import OrderedDict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from peft_deploy.adapters.formats import write_adapter
+import paddle
+from paddle import nn
+
+from peft_deploy.adapters.formats import read_adapter, write_adapter
 from peft_deploy.adapters.lora.arrays import to_array
 from peft_deploy.adapters.lora.attachment import Attachment
-from peft_deploy.adapters.lora.loading import base_matrix
+from peft_deploy.adapters.lora.loading import base_matrix, load_into
 from peft_deploy.adapters.provenance import Provenance, WeightSample, sample_modules
+from peft_deploy.config import LoRAConfig
 from peft_deploy.config.json_file import make_folder
 from peft_deploy.errors import AdapterError, OutputError
 
 if TYPE_CHECKING:
-    from peft_deploy.adapters.lora.model import LoRAModel
+    from typing_extensions import Self
+
+
+class AdapterFolders:
+    """The part of LoRAModel that reads and writes adapter folders."""
+
+    model: nn.Layer
+    base_fingerprint: str | None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Layer,
+        lora_path: str | os.PathLike[str],
+        lora_config: LoRAConfig | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """A model with a saved adapter; strict about every key.
+
+        Args:
+            model: the base model that the adapter was trained on.
+            lora_path: the folder that :meth:`save_pretrained` or the reference wrote.
+            lora_config: in place of the folder's ``lora_config.json``.
+            kwargs: ``variant`` as given to :meth:`save_pretrained`.
+
+        Raises:
+            AdapterError: files missing or damaged, or keys missing, unexpected or mis-shaped. The
+                model is as it was before.
+        """
+        adapter = read_adapter(Path(lora_path), lora_config, kwargs.get("variant"))
+        instance = cls.__new__(cls)
+        nn.Layer.__init__(instance)
+        instance._start(model, adapter.config, quiet=True)
+        try:
+            load_into(instance._attachment, adapter)
+        except BaseException:
+            instance.restore_original_model()
+            raise
+        if adapter.provenance is not None:
+            instance.base_fingerprint = adapter.provenance.base_fingerprint
+        return instance
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        merge_tensor_parallel: bool = False,
+        *,
+        variant: str | None = None,
+        is_main_process: bool | None = None,
+        save_model_config: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """Writes the active adapter in the reference's format.
+
+        The folder then has ``lora_model_state.pdparams``, ``lora_config.json``, the model's
+        ``config.json``, and ``peft_deploy_adapter.json`` with where the adapter comes from.
+
+        Args:
+            save_directory: made when it is missing.
+            merge_tensor_parallel: only False works with more than one tensor-parallel rank.
+            variant: stands before the extension of the weight file.
+            is_main_process: whether this process writes the configurations; rank 0 when None.
+            save_model_config: whether ``config.json`` is written.
+            kwargs: ignored; PaddleNLP's Trainer passes more.
+
+        Raises:
+            OutputError: the folder cannot be written.
+            AdapterError: merging the ranks of a tensor-parallel model was asked for.
+        """
+        main = paddle.distributed.get_rank() == 0 if is_main_process is None else is_main_process
+        save_adapter(
+            self,
+            Path(save_directory),
+            merge_tensor_parallel=merge_tensor_parallel,
+            variant=variant,
+            is_main_process=main,
+            save_model_config=save_model_config,
+        )
+
+    @property
+    def _attachment(self) -> Attachment:
+        raise NotImplementedError
+
+    def _start(self, model: nn.Layer, config: LoRAConfig, *, quiet: bool = False) -> None:
+        raise NotImplementedError
+
+    def restore_original_model(self) -> nn.Layer:
+        """The very model that was passed in."""
+        raise NotImplementedError
+
+    def get_trainable_state_dict(self) -> OrderedDict[str, paddle.Tensor]:
+        """What belongs to the active adapter."""
+        raise NotImplementedError
 
 
 def save_adapter(
-    model: LoRAModel,
+    model: AdapterFolders,
     folder: Path,
     *,
     merge_tensor_parallel: bool,
@@ -35,7 +132,7 @@ def save_adapter(
         OutputError: the folder cannot be written.
         AdapterError: merging the ranks of a tensor-parallel model was asked for.
     """
-    config = model.lora_config
+    config = model._attachment.config
     if config.tensor_parallel_degree > 1:
         if merge_tensor_parallel:
             raise AdapterError(
@@ -47,14 +144,13 @@ def save_adapter(
     if not is_main_process and config.tensor_parallel_degree <= 1 and variant is None:
         return  # every data-parallel rank holds the same adapter
     tensors = {name: to_array(t) for name, t in model.get_trainable_state_dict().items()}
-    # merge_weights is a deprecated wish about the process, but belongs to the file's options.
-    write_adapter(folder, replace(config), tensors, provenance_of(model), variant)
+    write_adapter(folder, config, tensors, provenance_of(model), variant)
     model_config = getattr(model.model, "config", None)
     if is_main_process and save_model_config and hasattr(model_config, "save_pretrained"):
         _save_model_config(copy.deepcopy(model_config), folder, merge_tensor_parallel)
 
 
-def provenance_of(model: LoRAModel) -> Provenance:
+def provenance_of(model: AdapterFolders) -> Provenance:
     """Where the active adapter comes from."""
     attachment: Attachment = model._attachment
     samples = {}

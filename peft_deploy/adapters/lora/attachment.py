@@ -4,6 +4,7 @@ away again.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -223,3 +224,15 @@ class Attachment:
                 + listed(shared),
                 hint="keep the adapter unmerged, or untie the weights first",
             )
+
+
+def for_model(config: LoRAConfig, model: nn.Layer) -> LoRAConfig:
+    """A copy of the options with what the model and Paddle decide filled in, as the reference
+    does.
+    """
+    own = copy.copy(config)
+    own.dtype = config.dtype or paddle.get_default_dtype()
+    degree = getattr(getattr(model, "config", None), "tensor_parallel_degree", None)
+    if degree is not None:
+        own.tensor_parallel_degree = degree
+    return own

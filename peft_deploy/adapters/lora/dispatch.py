@@ -10,16 +10,16 @@ from typing import Any, TypeAlias
 from paddle import nn
 from paddle.distributed.fleet.meta_parallel import ColumnParallelLinear, RowParallelLinear
 
+from peft_deploy.adapters.lora.column_parallel import (
+    ColumnParallelLoRALinear,
+    ColumnParallelLoRAMergedLinear,
+)
 from peft_deploy.adapters.lora.conv import LoRAConv2D
 from peft_deploy.adapters.lora.embedding import LoRAEmbedding
 from peft_deploy.adapters.lora.layer import LoRALayer
 from peft_deploy.adapters.lora.linear import LoRALinear
 from peft_deploy.adapters.lora.merged_linear import LoRAMergedLinear
-from peft_deploy.adapters.lora.parallel import (
-    ColumnParallelLoRALinear,
-    ColumnParallelLoRAMergedLinear,
-    RowParallelLoRALinear,
-)
+from peft_deploy.adapters.lora.row_parallel import RowParallelLoRALinear
 from peft_deploy.config import LoRAConfig, LoRAConfigError
 
 Parts: TypeAlias = "list[bool] | None"  # enable_lora of one target
@@ -27,7 +27,7 @@ Factory: TypeAlias = Callable[[nn.Layer, LoRAConfig, Parts], "LoRALayer | None"]
 
 
 def _fused_linear(module: nn.Layer, config: LoRAConfig, parts: Parts) -> LoRALayer | None:
-    if parts is None or not isinstance(module, nn.Linear) or config.head_dim is None:
+    if parts is None or not _computes_as(module, nn.Linear) or config.head_dim is None:
         return None
     _refuse_scaling_variants("LoRAMergedLinear", config)
     return LoRAMergedLinear.wrap(
@@ -36,27 +36,27 @@ def _fused_linear(module: nn.Layer, config: LoRAConfig, parts: Parts) -> LoRALay
 
 
 def _linear(module: nn.Layer, config: LoRAConfig, parts: Parts) -> LoRALayer | None:
-    if parts is not None or not isinstance(module, nn.Linear):
+    if parts is not None or not _computes_as(module, nn.Linear):
         return None
     return LoRALinear.wrap(module, rslora=config.rslora, pissa=config.pissa, **_common(config))
 
 
 def _conv(module: nn.Layer, config: LoRAConfig, parts: Parts) -> LoRALayer | None:
-    if parts is not None or not isinstance(module, nn.Conv2D):
+    if parts is not None or not _computes_as(module, nn.Conv2D):
         return None
     _refuse_scaling_variants("LoRAConv2D", config)
     return LoRAConv2D.wrap(module, **_common(config))
 
 
 def _embedding(module: nn.Layer, config: LoRAConfig, parts: Parts) -> LoRALayer | None:
-    if parts is not None or not isinstance(module, nn.Embedding):
+    if parts is not None or not _computes_as(module, nn.Embedding):
         return None
     _refuse_pissa(module, config)
     return LoRAEmbedding.wrap(module, rslora=config.rslora, **_common(config))
 
 
 def _column_parallel(module: nn.Layer, config: LoRAConfig, parts: Parts) -> LoRALayer | None:
-    if not isinstance(module, ColumnParallelLinear):
+    if not _computes_as(module, ColumnParallelLinear):
         return None
     _refuse_pissa(module, config)
     if parts is None or config.head_dim is None:
@@ -68,10 +68,22 @@ def _column_parallel(module: nn.Layer, config: LoRAConfig, parts: Parts) -> LoRA
 
 
 def _row_parallel(module: nn.Layer, config: LoRAConfig, parts: Parts) -> LoRALayer | None:
-    if parts is not None or not isinstance(module, RowParallelLinear):
+    if parts is not None or not _computes_as(module, RowParallelLinear):
         return None
     _refuse_pissa(module, config)
     return RowParallelLoRALinear.wrap(module, rslora=config.rslora, **_common(config))
+
+
+def _computes_as(module: nn.Layer, kind: type[nn.Layer]) -> bool:
+    """Whether the module is of this kind, and not a variant that computes something else."""
+    if not isinstance(module, kind):
+        return False
+    if type(module).forward is not kind.forward or "forward" in vars(module):
+        raise LoRAConfigError(
+            f"{type(module).__name__} is a {kind.__name__} with a forward of its own, "
+            "which LoRA would replace"
+        )
+    return True
 
 
 def _refuse_pissa(module: nn.Layer, config: LoRAConfig) -> None:

@@ -183,7 +183,7 @@ def adopt(layer: nn.Layer, module: nn.Layer) -> None:
     the one leaves the other alone. Hooks and the training flag come along.
     """
     nn.Layer.__init__(layer)
-    own = {"_full_name", "_helper", "_parameters", "_buffers", "_sub_layers"}
+    own = {"_full_name", "_helper", "_parameters", "_buffers", "_sub_layers", "forward"}
     for key, value in module.__dict__.items():
         if key not in own:
             layer.__dict__[key] = value

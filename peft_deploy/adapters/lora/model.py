@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import paddle
 from paddle import nn
 
-from peft_deploy.adapters.formats import read_adapter
-from peft_deploy.adapters.lora.adapter_files import save_adapter
+from peft_deploy.adapters.lora.adapter_files import AdapterFolders
 from peft_deploy.adapters.lora.arrays import to_tensor
-from peft_deploy.adapters.lora.attachment import Attachment
-from peft_deploy.adapters.lora.loading import load_into
+from peft_deploy.adapters.lora.attachment import Attachment, for_model
 from peft_deploy.adapters.lora.named_adapters import NamedAdapters
 from peft_deploy.adapters.lora.state import load_state
 from peft_deploy.adapters.lora.trainable import (
@@ -30,7 +25,7 @@ from peft_deploy.errors import AdapterError
 DEFAULT_ADAPTER = "default"
 
 
-class LoRAModel(NamedAdapters, nn.Layer):  # type: ignore[misc]
+class LoRAModel(AdapterFolders, NamedAdapters, nn.Layer):  # type: ignore[misc]
     """A model whose linear layers have got LoRA branches; everything else of it is forwarded.
 
     The layers are replaced inside the model that is passed in; :meth:`restore_original_model`
@@ -61,15 +56,7 @@ class LoRAModel(NamedAdapters, nn.Layer):  # type: ignore[misc]
 
     def _start(self, model: nn.Layer, config: LoRAConfig, *, quiet: bool = False) -> None:
         _refuse_wrapped(model)
-        config = replace(
-            config,
-            dtype=config.dtype or paddle.get_default_dtype(),
-            tensor_parallel_degree=getattr(
-                getattr(model, "config", None),
-                "tensor_parallel_degree",
-                config.tensor_parallel_degree,
-            ),
-        )
+        config = for_model(config, model)
         trainability = [(p, p.stop_gradient) for p in named_parameters(model).values()]
         attachment = Attachment.create(model, config, quiet=quiet)
         attachment.attach()
@@ -82,39 +69,6 @@ class LoRAModel(NamedAdapters, nn.Layer):  # type: ignore[misc]
         # The model's own, so that its signature shows: PaddleNLP's Trainer chooses columns by it.
         self.forward = model.forward
         self.mark_only_lora_as_trainable()
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        model: nn.Layer,
-        lora_path: str | os.PathLike[str],
-        lora_config: LoRAConfig | None = None,
-        **kwargs: Any,
-    ) -> LoRAModel:
-        """A model with a saved adapter; strict about every key.
-
-        Args:
-            model: the base model that the adapter was trained on.
-            lora_path: the folder that :meth:`save_pretrained` or the reference wrote.
-            lora_config: in place of the folder's ``lora_config.json``.
-            kwargs: ``variant`` as given to :meth:`save_pretrained`.
-
-        Raises:
-            AdapterError: files missing or damaged, or keys missing, unexpected or mis-shaped. The
-                model is as it was before.
-        """
-        adapter = read_adapter(Path(lora_path), lora_config, kwargs.get("variant"))
-        instance = cls.__new__(cls)
-        nn.Layer.__init__(instance)
-        instance._start(model, adapter.config, quiet=True)
-        try:
-            load_into(instance._attachment, adapter)
-        except BaseException:
-            instance.restore_original_model()
-            raise
-        if adapter.provenance is not None:
-            instance.base_fingerprint = adapter.provenance.base_fingerprint
-        return instance
 
     @property
     def lora_config(self) -> LoRAConfig:
@@ -221,43 +175,6 @@ class LoRAModel(NamedAdapters, nn.Layer):  # type: ignore[misc]
             parameter.stop_gradient = stop_gradient
         self._restored = True
         return self.model
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike[str],
-        merge_tensor_parallel: bool = False,
-        *,
-        variant: str | None = None,
-        is_main_process: bool | None = None,
-        save_model_config: bool = True,
-        **kwargs: Any,
-    ) -> None:
-        """Writes the active adapter in the reference's format.
-
-        The folder then has ``lora_model_state.pdparams``, ``lora_config.json``, the model's
-        ``config.json``, and ``peft_deploy_adapter.json`` with where the adapter comes from.
-
-        Args:
-            save_directory: made when it is missing.
-            merge_tensor_parallel: only False works with more than one tensor-parallel rank.
-            variant: stands before the extension of the weight file.
-            is_main_process: whether this process writes the configurations; rank 0 when None.
-            save_model_config: whether ``config.json`` is written.
-            kwargs: ignored; PaddleNLP's Trainer passes more.
-
-        Raises:
-            OutputError: the folder cannot be written.
-            AdapterError: merging the ranks of a tensor-parallel model was asked for.
-        """
-        main = paddle.distributed.get_rank() == 0 if is_main_process is None else is_main_process
-        save_adapter(
-            self,
-            Path(save_directory),
-            merge_tensor_parallel=merge_tensor_parallel,
-            variant=variant,
-            is_main_process=main,
-            save_model_config=save_model_config,
-        )
 
     def train(self, mode: bool = True) -> LoRAModel:
         """Training mode; with the deprecated ``merge_weights``, unmerges."""

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from pathlib import Path
 
-import paddle
 from paddle import nn
 
 from peft_deploy.adapters.formats import read_adapter
-from peft_deploy.adapters.lora.attachment import Attachment
+from peft_deploy.adapters.lora.attachment import Attachment, for_model
 from peft_deploy.adapters.lora.loading import load_into
 from peft_deploy.config import LoRAConfig
 from peft_deploy.errors import AdapterError
@@ -61,11 +59,7 @@ class NamedAdapters:
             )
         adapter = read_adapter(Path(path), lora_config)
         current = self._adapters[self._active]
-        config = replace(
-            adapter.config,
-            dtype=adapter.config.dtype or paddle.get_default_dtype(),
-            tensor_parallel_degree=current.config.tensor_parallel_degree,
-        )
+        config = for_model(adapter.config, self.model)
         merged = current.merged
         current.detach()
         try:

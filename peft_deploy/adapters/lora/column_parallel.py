@@ -1,35 +1,29 @@
-"""LoRA on the linear layers of tensor-parallel models: each rank holds a slice of the weight.
+"""LoRA on a slice of a weight's columns, as tensor-parallel ranks hold it.
 
-Of a column-parallel layer, every rank has the whole A and the columns of B that belong to its
-columns of the weight; of a row-parallel one, the rows of A and the whole B. So the product of what
-a rank holds is the change of what it holds of the weight, and merging needs no communication.
+Every rank has the whole A and the columns of B that belong to its columns of the weight. So the
+product of what a rank holds is the change of what it holds of the weight, and merging needs no
+communication.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import paddle
 from paddle.distributed.fleet.layers.mpu import mp_ops
-from paddle.distributed.fleet.meta_parallel import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    get_rng_state_tracker,
-)
+from paddle.distributed.fleet.meta_parallel import ColumnParallelLinear
 
+from peft_deploy.adapters.lora._slices import mark_slice, refuse_parallel
 from peft_deploy.adapters.lora.layer import check_rank
 from peft_deploy.adapters.lora.linear import (
     LowRankLayer,
     add_branch,
     adopt,
     kaiming_uniform,
-    refuse_variants,
     zeros,
 )
 from peft_deploy.adapters.lora.merged_linear import FusedLayer, check_parts
-from peft_deploy.config import LoRAConfigError
 
 
 class ColumnParallelLoRALinear(LowRankLayer, ColumnParallelLinear):  # type: ignore[misc]
@@ -70,7 +64,7 @@ class ColumnParallelLoRALinear(LowRankLayer, ColumnParallelLinear):  # type: ign
         **parallel_kwargs: Any,
     ) -> None:
         check_rank(r)
-        _refuse(pissa, use_mora)
+        refuse_parallel(pissa, use_mora)
         ColumnParallelLinear.__init__(self, in_features, out_features, **parallel_kwargs)
         self._begin(r, lora_alpha, lora_dropout, rslora=rslora)
         self._create_branch(lora_plus_scale, self._dtype, lora_A_weight_attr)
@@ -107,7 +101,7 @@ class ColumnParallelLoRALinear(LowRankLayer, ColumnParallelLinear):  # type: ign
         self.lora_B = self.create_parameter(
             [self.r, outputs], dtype=dtype, attr=zeros(lora_plus_scale)
         )
-        _mark(self.lora_B, self.is_mp, axis=1)
+        mark_slice(self.lora_B, self.is_mp, axis=1)
 
     def forward(self, input: paddle.Tensor) -> paddle.Tensor:
         """[..., in] → [..., out / N], or [..., out] when the layer gathers its output."""
@@ -161,7 +155,7 @@ class ColumnParallelLoRAMergedLinear(FusedLayer, ColumnParallelLinear):  # type:
             head_dim, enable_lora, merge_weights, 1.0, self._dtype, lora_A_weight_attr
         )
         self.name = self._name
-        _mark(self.lora_B, self.is_mp, axis=1)
+        mark_slice(self.lora_B, self.is_mp, axis=1)
 
     @classmethod
     def wrap(
@@ -185,7 +179,7 @@ class ColumnParallelLoRAMergedLinear(FusedLayer, ColumnParallelLinear):  # type:
             head_dim, enable_lora, False, lora_plus_scale, dtype or paddle.get_default_dtype()
         )
         layer.name = layer._name
-        _mark(layer.lora_B, layer.is_mp, axis=1)
+        mark_slice(layer.lora_B, layer.is_mp, axis=1)
         return layer
 
     def forward(self, input: paddle.Tensor) -> paddle.Tensor:
@@ -195,95 +189,6 @@ class ColumnParallelLoRAMergedLinear(FusedLayer, ColumnParallelLinear):  # type:
             return result
         branch = self.project(_identity(self, self.reduce(input)), self.lora_B)
         return add_branch(result, _gather(self, branch))
-
-
-class RowParallelLoRALinear(LowRankLayer, RowParallelLinear):  # type: ignore[misc]
-    """LoRA on a slice of rows: W [in / N, out], A [in / N, R], B [R, out] the same on all N ranks.
-
-    Args:
-        in_features: of the whole layer, over all ranks.
-        out_features: size of the last axis of the output.
-        r: rank R.
-        lora_alpha: numerator of the scaling.
-        lora_dropout: probability of zeroing an input of the branch while training.
-        rslora: rank-stabilized scaling.
-        lora_plus_scale: learning rate of B relative to that of A.
-        use_quick_lora: accepted; the numbers are the same.
-        pissa: not supported.
-        use_mora: not supported.
-        parallel_kwargs: what fleet's ``RowParallelLinear`` takes.
-
-    Raises:
-        LoRAConfigError: the rank is not a positive integer, or an unsupported variant is on.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        r: int = 0,
-        lora_alpha: float = 1,
-        lora_dropout: float = 0.0,
-        rslora: bool = False,
-        lora_plus_scale: float = 1.0,
-        use_quick_lora: bool = False,
-        pissa: bool = False,
-        use_mora: bool = False,
-        **parallel_kwargs: Any,
-    ) -> None:
-        check_rank(r)
-        _refuse(pissa, use_mora)
-        RowParallelLinear.__init__(self, in_features, out_features, **parallel_kwargs)
-        self._begin(r, lora_alpha, lora_dropout, rslora=rslora)
-        self._create_branch(lora_plus_scale, self._dtype)
-
-    @classmethod
-    def wrap(
-        cls,
-        linear: RowParallelLinear,
-        *,
-        r: int,
-        lora_alpha: float = 1,
-        lora_dropout: float = 0.0,
-        rslora: bool = False,
-        lora_plus_scale: float = 1.0,
-        dtype: str | None = None,
-    ) -> RowParallelLoRALinear:
-        """A LoRA layer that shares the weight and bias of an existing layer; see the class."""
-        layer = cls.__new__(cls)
-        adopt(layer, linear)
-        layer._begin(r, lora_alpha, lora_dropout, rslora=rslora)
-        layer._create_branch(lora_plus_scale, dtype or paddle.get_default_dtype())
-        return layer
-
-    def _create_branch(self, lora_plus_scale: float, dtype: str) -> None:
-        inputs, outputs = self.weight.shape
-        self.name = self._name
-        # A's rows differ between the ranks, so they come from the generator that differs, too.
-        with get_rng_state_tracker().rng_state() if self.is_mp else nullcontext():
-            self.lora_A = self.create_parameter(
-                [inputs, self.r],
-                dtype=dtype,
-                attr=paddle.ParamAttr(initializer=kaiming_uniform()),
-            )
-        self.lora_B = self.create_parameter(
-            [self.r, outputs], dtype=dtype, attr=zeros(lora_plus_scale)
-        )
-        _mark(self.lora_A, self.is_mp, axis=0)
-
-    def forward(self, input: paddle.Tensor) -> paddle.Tensor:
-        """[..., in], or [..., in / N] when the input is parallel already → [..., out]."""
-        result = RowParallelLinear.forward(self, input)
-        if self.disable_lora or self.merged:
-            return result
-        if self.is_mp and not self.input_is_parallel:
-            input = mp_ops._c_split(input, group=self.model_parallel_group)
-        h = self.reduce(input)
-        if self.is_mp:  # every rank needs the whole x @ A, for the gradient of B to be the same
-            h = mp_ops._mp_allreduce(
-                h, group=self.model_parallel_group, use_calc_stream=True, use_model_parallel=True
-            )
-        return add_branch(result, h @ self.lora_B)
 
 
 def _identity(layer: ColumnParallelLinear, h: paddle.Tensor) -> paddle.Tensor:
@@ -297,16 +202,3 @@ def _gather(layer: ColumnParallelLinear, branch: paddle.Tensor) -> paddle.Tensor
     if layer.is_mp and layer.gather_output:
         return mp_ops._c_concat(branch, group=layer.model_parallel_group)
     return branch
-
-
-def _mark(parameter: paddle.Tensor, is_mp: bool, axis: int) -> None:
-    """Tells fleet that each rank holds a slice of the parameter."""
-    parameter.is_distributed = is_mp
-    if is_mp:
-        parameter.split_axis = axis
-
-
-def _refuse(pissa: bool, use_mora: bool) -> None:
-    refuse_variants(lora_use_mixer=False, use_mora=use_mora)
-    if pissa:
-        raise LoRAConfigError("pissa is not supported for tensor-parallel layers")
