@@ -1,0 +1,85 @@
+"""What works on a machine without Paddle, and without a runtime.
+
+In a process of its own, in which the packages cannot be imported.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from source_tree import modules
+
+SCRIPT = Path(__file__).with_name("blocked_imports.py")
+
+EXTRAS = ("paddle", "paddlenlp", "paddle2onnx", "onnxscript", "onnxruntime")
+# Everything below one of these needs Paddle, and nothing else does.
+NEED_PADDLE = (
+    "peft_deploy.adapters.lora",
+    "peft_deploy.base.dygraph",
+    "peft_deploy.families.standins",
+    "peft_deploy.parity.reference",
+    "peft_deploy.trace.program",
+    "peft_deploy.training",
+    "peft_deploy.workflows.in_memory",
+)
+# The base install has onnx, because onnx-ir imports it. Everything below one of these needs onnx-ir; the rest also
+# starts where onnx is damaged, or slow to import.
+NEED_ONNX_IR = ("peft_deploy.convert", "peft_deploy.workflows")
+
+
+@cache
+def failures(*packages: str) -> dict[str, list[str]]:
+    return _run("modules", packages)
+
+
+def _run(what: str, packages: tuple[str, ...]) -> dict[str, Any]:
+    result = subprocess.run(
+        [sys.executable, str(SCRIPT), what, *packages],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return dict(json.loads(result.stdout))
+
+
+def below(*prefixes: str) -> set[str]:
+    return {
+        module.name
+        for module in modules()
+        if any(f"{module.name}.".startswith(f"{prefix}.") for prefix in prefixes)
+    }
+
+
+def test_only_the_paddle_side_needs_paddle() -> None:
+    assert set(failures(*EXTRAS)) == below(*NEED_PADDLE)
+
+
+def test_a_missing_paddle_is_said_in_a_sentence() -> None:
+    # The stand-ins and models in memory are only imported by modules that have said so already.
+    quiet = below("peft_deploy.families.standins", "peft_deploy.workflows.in_memory")
+    for module, (error, text) in failures(*EXTRAS).items():
+        if module not in quiet:
+            assert error == "MissingExtraError", (module, text)
+            assert "needs the package paddle, which is not installed" in text
+
+
+def test_only_conversion_and_whole_jobs_need_onnx() -> None:
+    assert set(failures(*EXTRAS, "onnx")) == below(*NEED_PADDLE, *NEED_ONNX_IR)
+
+
+@pytest.mark.parametrize("packages", [EXTRAS, (*EXTRAS, "onnx")], ids=["extras", "onnx, too"])
+def test_help_needs_nothing(packages: tuple[str, ...]) -> None:
+    texts = _run("help", packages)
+    assert texts.pop("heavy") == []
+    assert {"", "train", "export", "validate", "generate", "inspect", "doctor"} <= set(texts)
+    for command, (code, text) in texts.items():
+        assert code == 0, (command, text)
+        assert "Usage: " in text and "--help" in text
