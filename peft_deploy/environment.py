@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import logging
 import os
 import sys
 import types
@@ -107,9 +108,14 @@ def _is_amd() -> bool:
 
 
 def _silence_paddle() -> None:
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import paddlenlp  # noqa: F401  (its import warns about ccache, distutils and pkg_resources)
         from paddlenlp.utils.log import logger
 
     logger.set_level("CRITICAL")
+    # Importing PaddleNLP makes the root logger print everybody's INFO lines.
+    root.handlers[:] = handlers
+    root.setLevel(level)

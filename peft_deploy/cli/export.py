@@ -49,9 +49,13 @@ def export_command(
     """
     from peft_deploy.cli._progress import RichProgress
     from peft_deploy.config.export import ExportOptions
-    from peft_deploy.errors import ParityError
+    from peft_deploy.errors import ConfigError, ParityError
     from peft_deploy.workflows.export import export
 
+    if merge and adapter is None:
+        raise ConfigError(
+            "--merge says what to do with an adapter, and none was given", hint="add --adapter DIR"
+        )
     options = ExportOptions(
         merge=merge,
         opset=opset,

@@ -23,6 +23,7 @@ class ConvertedGraph:
     Args:
         model: the ONNX model as Paddle2ONNX wrote it; weights are dangling inputs of its nodes.
         parameters: dangling name → PaddleNLP's structured parameter name.
+        shapes: of all of the model's parameters, by structured name.
         constants: dangling name → tables computed by the stand-in.
         operations: PIR operator name → its uses in program order, each with ``module`` (path) and ``shapes``
             (of its results; -1 for a dimension that changes from call to call, None for no tensor).
@@ -31,6 +32,7 @@ class ConvertedGraph:
 
     model: ir.Model
     parameters: dict[str, str]
+    shapes: dict[str, tuple[int, ...]]
     constants: dict[str, npt.NDArray[np.generic]]
     operations: dict[str, list[dict[str, Any]]]
     versions: dict[str, str]
@@ -44,6 +46,7 @@ class ConvertedGraph:
         return cls(
             model=_load_quietly(folder / GRAPH_FILE),
             parameters=names["parameters"],
+            shapes={name: tuple(shape) for name, shape in names["shapes"].items()},
             constants=constants,
             operations=names["operations"],
             versions=names["versions"],

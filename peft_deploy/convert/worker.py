@@ -51,7 +51,7 @@ def _convert(folder: Path, request: dict[str, Any], phase: Any) -> None:
     import paddle2onnx
     from paddle2onnx.utils import get_all_supported_operators_pir
 
-    from peft_deploy.base.dygraph import build_skeleton
+    from peft_deploy.base.dygraph import build_skeleton, unique_parameters
     from peft_deploy.convert.graph import CONSTANTS_FILE, GRAPH_FILE, NAMES_FILE
     from peft_deploy.families import find_family
     from peft_deploy.trace.preflight import check_program
@@ -81,6 +81,7 @@ def _convert(folder: Path, request: dict[str, Any], phase: Any) -> None:
     np.savez(folder / CONSTANTS_FILE, **traced.constants)
     names = {
         "parameters": traced.parameters,
+        "shapes": {name: list(p.shape) for name, p in unique_parameters(skeleton).items()},
         "operations": _operations(traced),
         "versions": {p: version(p) for p in ("paddlepaddle", "paddlenlp", "paddle2onnx")},
     }

@@ -102,7 +102,11 @@ def trace_decoder(
         program = normalize_pir_program(concrete.main_program, feeds, fetches)
     names = {p.name: name for name, p in model.named_parameters()}
     tables = {b.name: b for b in stand_in.buffers()}
-    used = {p.name for p in concrete.parameters[0]}
+    used = {
+        op.attrs()["parameter_name"]
+        for op in program.global_block().ops
+        if op.name() == "builtin.parameter"
+    }
     return TracedProgram(
         program=program,
         signature=signature,

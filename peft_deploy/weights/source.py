@@ -62,7 +62,7 @@ class TensorSource(Protocol):
         ...
 
     def info(self, name: str) -> TensorInfo:
-        """dtype and shape of one tensor; KeyError for an unknown name."""
+        """Type and shape of one tensor; KeyError for an unknown name."""
         ...
 
     def read(self, name: str) -> Array:

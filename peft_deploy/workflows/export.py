@@ -107,6 +107,7 @@ def export(
         folder = stack.enter_context(BundleFolder(output, force=options.force))
         fingerprint = source.fingerprint()  # while the child imports Paddle
         converted = job.result(clock.phase)
+        source.check(converted.shapes)
         counts, removed = _finish_graph(converted, source, tensors, options)
         with disk_errors(output):
             write_model(converted.model, folder.path / MODEL, MODEL_DATA, clock)

@@ -10,6 +10,7 @@ from typing import Any
 from paddle import nn
 
 from peft_deploy.adapters.lora import LoRAModel
+from peft_deploy.adapters.lora.views import adapter_of, base_value, is_disabled
 from peft_deploy.base.dygraph import unique_parameters
 from peft_deploy.base.folder import companions_in
 from peft_deploy.errors import AdapterError, ConfigError
@@ -74,7 +75,7 @@ def from_memory(model: nn.Layer, tokenizer: Path | None) -> ExportSource:
             f"a {type(inner).__name__} has no PaddleNLP configuration; "
             "export takes PaddleNLP models and LoRAModels around them"
         )
-    if adapted is not None and adapted.disabled:
+    if adapted is not None and is_disabled(adapted):
         raise AdapterError(
             "the model's adapter is disabled", hint="call enable_lora(), or export model.model"
         )
@@ -100,7 +101,8 @@ def from_memory(model: nn.Layer, tokenizer: Path | None) -> ExportSource:
         tensors=tensors,
         layout="memory",
         fingerprint=lambda: fingerprint(tensors),
-        adapter=None if adapted is None else NamedAdapter("default", adapted.to_adapter()),
+        adapter=None if adapted is None else NamedAdapter("default", adapter_of(adapted)),
+        check=lambda _expected: None,  # they are the model's own
         load_reference=load_reference,
         companions=[] if tokenizer is None else companions_in(tokenizer),
     )
@@ -112,4 +114,4 @@ def _tensors(inner: nn.Layer, adapted: LoRAModel | None, tied: dict[str, str]) -
 
     if adapted is None:
         return MemoryTensors(inner, lambda _name, p: to_array(p), lambda _name: False, tied)
-    return MemoryTensors(inner, lambda name, _p: adapted.base_value(name), is_branch, tied)
+    return MemoryTensors(inner, lambda name, _p: base_value(adapted, name), is_branch, tied)

@@ -13,6 +13,7 @@ from peft_deploy.errors import ConfigError
 from peft_deploy.families import DecoderFamily
 from peft_deploy.progress import Progress
 from peft_deploy.weights import AdapterTensors, MergedTensors, TensorSource
+from peft_deploy.workflows.lineage import check_lineage
 
 if TYPE_CHECKING:
     from paddle import nn
@@ -39,6 +40,7 @@ class ExportSource:
         fingerprint: identifies the base model's weights; computed when called.
         adapter: to be merged, if any.
         companions: tokenizer and generation files that go into the bundle.
+        check: fails when the weights are not those of a model with these parameters and shapes.
         load_reference: gives the model in the dynamic graph, adapter active and not merged.
     """
 
@@ -49,6 +51,7 @@ class ExportSource:
     layout: str
     fingerprint: Callable[[], str]
     adapter: NamedAdapter | None
+    check: Callable[[Mapping[str, tuple[int, ...]]], None]
     load_reference: Callable[[Progress], nn.Layer]
     companions: list[Path] = field(default_factory=list)
 
@@ -71,10 +74,13 @@ def from_folders(base: str | Path | BaseModel, adapter: str | Path | None) -> Ex
         adapter: the adapter's folder, ``NAME=FOLDER`` to name it in the bundle; none to export the base alone.
 
     Raises:
-        CheckpointError, AdapterError, UnsupportedModelError: what is wrong with either.
+        CheckpointError, AdapterError, UnsupportedModelError: what is wrong with either, or the base model holds
+            the adapter already.
     """
     model = base if isinstance(base, BaseModel) else open_base(base)
-    named = None if adapter is None else _read_named(str(adapter))
+    named = None if adapter is None else read_named(str(adapter))
+    if named is not None:
+        check_lineage(model, named.adapter)
 
     def load_reference(progress: Progress) -> nn.Layer:
         from peft_deploy.base.dygraph import load_model
@@ -96,12 +102,19 @@ def from_folders(base: str | Path | BaseModel, adapter: str | Path | None) -> Ex
         layout=model.tensors.layout,
         fingerprint=lambda: model.fingerprint,
         adapter=named,
+        check=model.tensors.check,
         load_reference=load_reference,
         companions=model.companions(),
     )
 
 
-def _read_named(text: str) -> NamedAdapter:
+def read_named(text: str) -> NamedAdapter:
+    """The adapter in a folder, given as ``FOLDER`` or ``NAME=FOLDER``.
+
+    Raises:
+        AdapterError: it cannot be read.
+        ConfigError: the name has characters that a file name should not have.
+    """
     name, separator, folder = text.partition("=")
     if not separator or Path(text).exists():
         name, folder = "", text
