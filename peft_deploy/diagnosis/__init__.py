@@ -9,10 +9,11 @@ from peft_deploy.diagnosis.conflicts import CONFLICTS, Conflict, find_conflicts
 from peft_deploy.diagnosis.extras import ExtraState, PackageState, installed_packages, read_extras
 from peft_deploy.diagnosis.machine import Machine, this_machine
 from peft_deploy.diagnosis.machine_checks import check_machine
-from peft_deploy.diagnosis.report import BROKEN, Check, Diagnosis, Verdict
+from peft_deploy.diagnosis.report import BASE_INSTALL, BROKEN, Check, Diagnosis, Verdict
 from peft_deploy.diagnosis.versions import Requirement, fits, version_key
 
 __all__ = [
+    "BASE_INSTALL",
     "BROKEN",
     "CONFLICTS",
     "Check",

@@ -167,13 +167,15 @@ def _processor(machine: Machine) -> Check:
 
 
 def _faults(state: ExtraState) -> str:
-    parts = [
-        f"{package.name} is missing"
-        if package.version is None
-        else f"{package.name} {package.version} is not {package.requirement.bounds}"
+    missing = [package.name for package in state.faults if package.version is None]
+    parts = [f"missing {', '.join(missing)}"] if missing else []
+    parts += [
+        f"{package.name} {package.version} is not {package.requirement.bounds}"
         for package in state.faults
+        if package.version is not None
     ]
-    return f"the extra {state.name} is incomplete: {', '.join(parts)}"
+    whole = "the base install" if state.name == BASE else f"the extra {state.name}"
+    return f"{whole} is incomplete: {'; '.join(parts)}"
 
 
 def _versions(packages: Sequence[PackageState]) -> str:
