@@ -22,7 +22,10 @@ _FILE = click.Path(path_type=Path)
 @click.option("--method", type=click.Choice(["lora"]), default="lora", show_default=True)
 @click.option("--data", required=True, type=_FILE, help="JSONL file of examples.")
 @click.option("--output", required=True, type=_FILE, help="The adapter's folder.")
-@click.option("--r", type=int, default=8, show_default=True, help="Rank of the adapter.")
+# paddle.distributed.launch takes --r for an abbreviation of options of its own.
+@click.option(
+    "--r", "--lora-r", "r", type=int, default=8, show_default=True, help="Rank of the adapter."
+)
 @click.option("--lora-alpha", type=float, default=16, show_default=True, help="Scaling times r.")
 @click.option("--lora-dropout", type=float, default=0.0, show_default=True)
 @click.option(
@@ -89,7 +92,8 @@ def train_command(as_json: bool, **options: Any) -> None:
     "content": …}, …]}. The loss counts what the model has to say: the completion, the whole text,
     the assistant's turns.
 
-    On several devices: python -m paddle.distributed.launch -m peft_deploy train …
+    On several devices: python -m paddle.distributed.launch "$(which peft-deploy)" train …, where
+    the rank is called --lora-r.
     """
     from peft_deploy.cli._progress import RichProgress
     from peft_deploy.environment import require_paddle
@@ -99,6 +103,8 @@ def train_command(as_json: bool, **options: Any) -> None:
 
     with RichProgress() as progress:
         result = train(_options(options), progress)
+    if not result.main_process:
+        return
     if as_json:
         emit_json(result.to_dict())
     else:

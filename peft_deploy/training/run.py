@@ -51,6 +51,8 @@ class TrainResult:
         eval_loss: on the evaluation data after the last step; None without such data.
         remarks: what the user should know, such as examples that were cut.
         seconds: wall time of the training steps.
+        main_process: whether this is the process that wrote the adapter; with several devices,
+            the others are not.
         model: the model with its adapter, in memory.
     """
 
@@ -63,6 +65,7 @@ class TrainResult:
     eval_loss: float | None
     remarks: tuple[str, ...]
     seconds: float
+    main_process: bool = True
     model: LoRAModel = field(repr=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -269,6 +272,7 @@ def _fit(
         eval_loss=eval_loss,
         remarks=data.remarks,
         seconds=seconds,
+        main_process=first,
         model=model,
     )
 
