@@ -25,6 +25,11 @@ _COMMANDS = {
         "Check a bundle against the model that it was made of.",
     ),
     "generate": ("peft_deploy.cli.generate", "generate_command", "Generate text with a bundle."),
+    "merge": (
+        "peft_deploy.cli.merge",
+        "merge_command",
+        "Write a checkpoint with a LoRA adapter merged into it.",
+    ),
     "inspect": (
         "peft_deploy.cli.inspect",
         "inspect_command",

@@ -10,21 +10,26 @@ from peft_deploy.weights.canonical import CanonicalTensors
 from peft_deploy.weights.cast import CastTensors, cast_array
 from peft_deploy.weights.checkpoint import Checkpoint, open_checkpoint
 from peft_deploy.weights.fingerprint import fingerprint
+from peft_deploy.weights.layout import HuggingFaceTensors
 from peft_deploy.weights.lora import LoraPair, lora_delta, merge_weight
 from peft_deploy.weights.merged import AdapterTensors, MergedTensors
+from peft_deploy.weights.rounding import ROUNDING_LIMIT, RoundingLoss
 from peft_deploy.weights.source import DTYPES, FLOATING, Array, TensorInfo, TensorSource
 from peft_deploy.weights.writer import write_safetensors
 
 __all__ = [
     "DTYPES",
     "FLOATING",
+    "ROUNDING_LIMIT",
     "AdapterTensors",
     "Array",
     "CanonicalTensors",
     "CastTensors",
     "Checkpoint",
+    "HuggingFaceTensors",
     "LoraPair",
     "MergedTensors",
+    "RoundingLoss",
     "TensorInfo",
     "TensorSource",
     "cast_array",

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from peft_deploy.errors import AdapterError
 from peft_deploy.weights.blocks import contiguous, row_blocks
 from peft_deploy.weights.cast import check_float, is_float, round_to
+from peft_deploy.weights.rounding import RoundingLoss
 from peft_deploy.weights.source import DTYPES, Array
 
 
@@ -75,7 +76,13 @@ def lora_delta(pair: LoraPair) -> Array:
 
 
 def merge_weight(
-    W: Array, pair: LoraPair, *, name: str = "the weight", dtype: str | None = None
+    W: Array,
+    pair: LoraPair,
+    *,
+    name: str = "the weight",
+    dtype: str | None = None,
+    loss: RoundingLoss | None = None,
+    before: Array | None = None,
 ) -> Array:
     """The merged weight, W + scaling · A · B.
 
@@ -87,6 +94,8 @@ def merge_weight(
         name: the tensor's name, for errors.
         dtype: type of the result, a key of :data:`~peft_deploy.weights.source.DTYPES`; W's when
             None.
+        loss: counts what the rounding to the result's type loses.
+        before: for ``loss``, the weight that training began with, where W is not it.
 
     Returns:
         [in, out], a new array in row-major order.
@@ -110,6 +119,8 @@ def merge_weight(
         # multiplied where it is to stay, when no rounding follows
         product = np.matmul(A[rows], B, out=merged[rows] if target == wide else None)
         result = _merge_block(block, product, pair.scaling, target, name)
+        if loss is not None:
+            loss.add(block if before is None else before[rows], product, result)
         if target != wide:
             merged[rows] = result
     return merged
@@ -122,7 +133,7 @@ def _merge_block(
     target: np.dtype[np.generic],
     name: str,
 ) -> Array:
-    """One block's result; ``product`` is overwritten."""
+    """One block's result; ``product`` becomes the same before rounding."""
     with np.errstate(over="ignore", invalid="ignore"):
         product *= product.dtype.type(scaling)
         product += block.astype(product.dtype, copy=False)

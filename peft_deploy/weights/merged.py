@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy as np
 from peft_deploy.errors import AdapterError
 from peft_deploy.weights.cast import cast_array, check_float
 from peft_deploy.weights.lora import LoraPair, merge_weight, require_finite
+from peft_deploy.weights.rounding import NARROW, RoundingLoss
 from peft_deploy.weights.source import FLOATING, Array, TensorInfo, TensorSource
 
 NAMED_MISFITS = 3
@@ -69,6 +70,9 @@ class MergedTensors:
         adapter: what to merge.
         dtype: floating-point type of all results; each tensor keeps its own when None.
         tied: parameter → the one whose storage it shares; the source's own ``tied`` when None.
+        losses: gets, for every changed parameter that is read in float16 or bfloat16, what rounding
+            lost of the change.
+        original: for ``losses``, the model that training began with, where ``source`` is not it.
 
     Raises:
         AdapterError: the adapter does not fit the source, or holds a NaN or an infinity.
@@ -81,8 +85,12 @@ class MergedTensors:
         dtype: str | None = None,
         *,
         tied: Mapping[str, str] | None = None,
+        losses: MutableMapping[str, RoundingLoss] | None = None,
+        original: TensorSource | None = None,
     ) -> None:
         self._source = source
+        self._losses = losses
+        self._original = source if original is None else original
         self._dtype = None if dtype is None else check_float(dtype)
         self.tied: Mapping[str, str] = getattr(source, "tied", {}) if tied is None else tied
         self._names = list(source.names())
@@ -113,13 +121,28 @@ class MergedTensors:
             CheckpointError: a value is too large for the type.
         """
         target = self._target(self._source.info(name))
-        value = self._replacements.get(name)
-        if value is None:
-            value = self._source.read(name)
-        pair = self._pairs.get(name)
+        loss = self._loss(name, target)
+        replacement, pair = self._replacements.get(name), self._pairs.get(name)
+        value = self._source.read(name) if replacement is None else replacement
         if pair is not None:
-            return merge_weight(value, pair, name=name, dtype=target)
-        return cast_array(value, target, name=name) if target in FLOATING else value
+            before = None
+            if loss is not None and (
+                replacement is not None or self._original is not self._source
+            ):
+                before = self._original.read(name)
+            return merge_weight(value, pair, name=name, dtype=target, loss=loss, before=before)
+        result = cast_array(value, target, name=name) if target in FLOATING else value
+        if loss is not None:
+            loss.add_all(self._original.read(name), value, result)
+        return result
+
+    def _loss(self, name: str, target: str) -> RoundingLoss | None:
+        """Where to count what rounding loses of a parameter that the adapter changes."""
+        changed = name in self._pairs or name in self._replacements
+        if self._losses is None or target not in NARROW or not changed:
+            return None
+        self._losses[name] = loss = RoundingLoss()
+        return loss
 
     def _target(self, info: TensorInfo) -> str:
         return self._dtype if self._dtype and info.dtype in FLOATING else info.dtype

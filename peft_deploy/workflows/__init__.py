@@ -5,6 +5,7 @@ job needs it for: validating in the dynamic graph.
 """
 
 from peft_deploy.workflows.export import ExportResult, export
+from peft_deploy.workflows.merge import MergeResult, merge
 from peft_deploy.workflows.validate import validate
 
-__all__ = ["ExportResult", "export", "validate"]
+__all__ = ["ExportResult", "MergeResult", "export", "merge", "validate"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +13,7 @@ from peft_deploy.config import LoRAConfig
 from peft_deploy.errors import AdapterError
 from peft_deploy.weights.lora import LoraPair
 from peft_deploy.weights.merged import AdapterTensors, MergedTensors, adapter_fingerprint
+from peft_deploy.weights.rounding import RoundingLoss
 from peft_deploy.weights.source import Array, TensorSource
 
 
@@ -65,13 +66,19 @@ class Adapter:
             )
         return self._tensors()
 
-    def merge_into(self, source: TensorSource, dtype: str | None = None) -> MergedTensors:
+    def merge_into(
+        self,
+        source: TensorSource,
+        dtype: str | None = None,
+        losses: MutableMapping[str, RoundingLoss] | None = None,
+    ) -> MergedTensors:
         """The base model's tensors with this adapter merged into them, computed as they are read.
 
         Args:
             source: the base model's, in PaddleNLP's names and layout, as they were before
                 training.
             dtype: floating-point type of all results; each tensor keeps its own when None.
+            losses: gets what rounding loses; see :class:`~peft_deploy.weights.MergedTensors`.
 
         Raises:
             AdapterError: the adapter does not fit the base model.
@@ -81,7 +88,10 @@ class Adapter:
             if self.config.pissa
             else source
         )
-        return MergedTensors(base, self._tensors(), dtype, tied=getattr(source, "tied", {}))
+        tied = getattr(source, "tied", {})
+        return MergedTensors(
+            base, self._tensors(), dtype, tied=tied, losses=losses, original=source
+        )
 
     def _tensors(self) -> AdapterTensors:
         return AdapterTensors(self.pairs, self.replacements, self.fingerprint, str(self.path))
