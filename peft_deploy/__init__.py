@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from peft_deploy.adapters.lora import LoRAModel, mark_only_lora_as_trainable
     from peft_deploy.config import LoRAConfig
     from peft_deploy.config.export import ExportOptions
+    from peft_deploy.config.merge import MergeOptions
     from peft_deploy.runtime import load_bundle
-    from peft_deploy.workflows import export, validate
+    from peft_deploy.workflows import export, merge, validate
 
 __version__ = "0.1.0"
 
@@ -26,9 +27,11 @@ __all__ = [
     "ExportOptions",
     "LoRAConfig",
     "LoRAModel",
+    "MergeOptions",
     "export",
     "load_bundle",
     "mark_only_lora_as_trainable",
+    "merge",
     "validate",
 ]
 
@@ -36,9 +39,11 @@ _HOME = {
     "ExportOptions": "peft_deploy.config.export",
     "LoRAConfig": "peft_deploy.config",
     "LoRAModel": "peft_deploy.adapters.lora",
+    "MergeOptions": "peft_deploy.config.merge",
     "export": "peft_deploy.workflows",
     "load_bundle": "peft_deploy.runtime",
     "mark_only_lora_as_trainable": "peft_deploy.adapters.lora",
+    "merge": "peft_deploy.workflows",
     "validate": "peft_deploy.workflows",
 }
 
