@@ -21,6 +21,7 @@ EXTRAS = ("paddle", "paddlenlp", "paddle2onnx", "onnxscript", "onnxruntime")
 # Everything below one of these needs Paddle, and nothing else does.
 NEED_PADDLE = (
     "peft_deploy.adapters.lora",
+    "peft_deploy.adapters.prefix",
     "peft_deploy.base.dygraph",
     "peft_deploy.families.standins",
     "peft_deploy.parity.reference",

@@ -27,10 +27,19 @@ def cache_names(module: Module) -> list[str]:
 
 
 def prints(module: Module) -> list[str]:
+    """Calls of print but for those in methods named after it: PaddleNLP's API has some."""
+    allowed = {
+        id(inner)
+        for node in ast.walk(module.tree)
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("print_")
+        for inner in ast.walk(node)
+    }
     return [
         module.where(node)
         for node in ast.walk(module.tree)
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print"
+        if isinstance(node, ast.Call)
+        and getattr(node.func, "id", "") == "print"
+        and id(node) not in allowed
     ]
 
 
@@ -91,9 +100,7 @@ def test_only_the_signature_spells_cache_names() -> None:
 
 
 def test_library_code_does_not_print() -> None:
-    found = [where for module in modules() for where in prints(module)]
-    # LoRAModel.print_trainable_parameters, whose name and job are PaddleNLP's.
-    assert [where.rpartition(":")[0] for where in found] == ["peft_deploy/adapters/lora/model.py"]
+    assert [where for module in modules() for where in prints(module)] == []
 
 
 def test_only_the_command_line_ends_the_program() -> None:
@@ -130,6 +137,7 @@ def test_each_rule_finds_what_it_forbids(rule: object, source: str) -> None:
         (cache_names, "'''A docstring about past_key_values.0.key.'''"),
         (cache_names, "model(past_key_values=cache)"),
         (prints, "console.print('x')"),
+        (prints, "def print_trainable_parameters(self):\n    print('x')"),
         (exits, "import sys\nif __name__ == '__main__':\n    sys.exit(0)"),
         (family_conditions, "CONFIG = {'model_type': 'llama'}"),
         (family_conditions, "if option == 'optimal': pass"),
