@@ -269,6 +269,15 @@ def test_a_merged_weight_that_was_changed_from_outside_is_noticed() -> None:
         layer.unmerge()
 
 
+def test_no_copy_of_the_weight_is_kept_while_it_is_in_place() -> None:
+    layer = make()
+    layer.merge()
+    layer.unmerge()
+    layer.weight.set_value(layer.weight + 1)
+    np.testing.assert_array_equal(layer.original_weight(), layer.weight.numpy())
+    np.testing.assert_array_equal(layer.split_weight(), layer.weight.numpy())
+
+
 def test_changing_the_type_while_merged(x: np.ndarray) -> None:
     layer = make()
     original = layer.weight.numpy()
