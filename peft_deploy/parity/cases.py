@@ -23,11 +23,10 @@ IntArray = npt.NDArray[np.int64]
 
 PADDING = -1  # the slot of a padding token
 MIN_POSITIONS = 16
-RANDOM_LENGTHS = (24, 17, 9)
-REAL_LENGTH = 40
+RANDOM_LENGTHS = (20, 13, 7)
+REAL_LENGTH = 32
 EDGE_LENGTH = 5
 DECODE_STEPS = 3
-MAX_LENGTH = max(*RANDOM_LENGTHS, REAL_LENGTH)
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-# Forward passes: prose, figures, another script and code, all within the first forty tokens or so.
+# Forward passes: prose, figures, another script and code, all within the first thirty tokens or so.
 PASSAGE = (
-    "On 14 March 1907 the keeper wrote: “A ship answered.” 今天天气很好。 "
-    "def area(r): return 3.14159 * r ** 2  # naïve\n"
-    "The lamp had burned all night, and 2 x 37 = 74 flashes had been counted."
+    "In 1907 he wrote: “A ship!” 天气很好 def f(r): return 2.5 * r  # naïve\n"
+    "The lamp had burned all night, and 2 x 37 = 74 flashes had been counted from the shore."
 )
 
 # Greedy generation: prompts that a model of any size continues in its own way.
