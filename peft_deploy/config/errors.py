@@ -16,3 +16,7 @@ class LoRAConfigError(ConfigError, ValueError):
 
 class LoRAConfigTypeError(ConfigError, TypeError):
     """A LoRA option has a value of the wrong type."""
+
+
+class PrefixConfigError(ConfigError, ValueError):
+    """A prefix-tuning option has a value that cannot be used."""

@@ -7,6 +7,13 @@ only the modules above it (errors, signature, config).
 from peft_deploy.families import llama as llama  # registers itself
 from peft_deploy.families.family import DecoderDims, DecoderFamily
 from peft_deploy.families.names import MappedName, NameMap, NameRule
+from peft_deploy.families.past import (
+    PastDims,
+    PastRule,
+    find_past_rule,
+    known_past_rules,
+    past_dims,
+)
 from peft_deploy.families.registry import find_family, known_architectures, register
 
 __all__ = [
@@ -15,7 +22,12 @@ __all__ = [
     "MappedName",
     "NameMap",
     "NameRule",
+    "PastDims",
+    "PastRule",
     "find_family",
+    "find_past_rule",
     "known_architectures",
+    "known_past_rules",
+    "past_dims",
     "register",
 ]
