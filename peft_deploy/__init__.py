@@ -15,11 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from peft_deploy.adapters.lora import LoRAModel, mark_only_lora_as_trainable
-    from peft_deploy.config import LoRAConfig
+    from peft_deploy.adapters.prefix import PrefixModel, PrefixModelForCausalLM
+    from peft_deploy.config import LoRAConfig, PrefixConfig
     from peft_deploy.config.export import ExportOptions
     from peft_deploy.config.merge import MergeOptions
     from peft_deploy.runtime import load_bundle
-    from peft_deploy.workflows import export, merge, validate
+    from peft_deploy.workflows.export import export
+    from peft_deploy.workflows.merge import merge
+    from peft_deploy.workflows.validate import validate
 
 __version__ = "0.1.0"
 
@@ -28,6 +31,9 @@ __all__ = [
     "LoRAConfig",
     "LoRAModel",
     "MergeOptions",
+    "PrefixConfig",
+    "PrefixModel",
+    "PrefixModelForCausalLM",
     "export",
     "load_bundle",
     "mark_only_lora_as_trainable",
@@ -40,6 +46,9 @@ _HOME = {
     "LoRAConfig": "peft_deploy.config",
     "LoRAModel": "peft_deploy.adapters.lora",
     "MergeOptions": "peft_deploy.config.merge",
+    "PrefixConfig": "peft_deploy.config",
+    "PrefixModel": "peft_deploy.adapters.prefix",
+    "PrefixModelForCausalLM": "peft_deploy.adapters.prefix",
     "export": "peft_deploy.workflows",
     "load_bundle": "peft_deploy.runtime",
     "mark_only_lora_as_trainable": "peft_deploy.adapters.lora",

@@ -34,7 +34,8 @@ _show_progress() {
         done=$(grep -c '^Collecting ' "$LOG" 2>/dev/null)
         what="fetched $done of $total packages"
         grep -q '^Installing collected packages' "$LOG" 2>/dev/null && what="unpacking $total packages"
-        [ -t 2 ] && printf '\r\033[KInstalling into .venv: %s, %d s' "$what" $((SECONDS - start)) >&2
+        [ -t 2 ] && printf '\r\033[KInstalling into .venv: %s, %d s of about 150' \
+            "$what" $((SECONDS - start)) >&2
         sleep 1
     done
     if [ -t 2 ]; then printf '\r\033[K' >&2; fi
@@ -50,7 +51,7 @@ _pip_install() {
 }
 
 ensure_venv() {
-    local python start=$SECONDS pid
+    local python start=$SECONDS
     if [ -f "$STAMP" ] && [ "$(cat "$STAMP")" = "$(_wanted_stamp)" ]; then
         return 0
     fi
@@ -65,10 +66,11 @@ ensure_venv() {
     rm -f "$STAMP"
     : >"$LOG"
     _pip_install >"$LOG" 2>&1 &
-    pid=$!
-    trap 'kill "$pid" 2>/dev/null' EXIT
-    _show_progress "$pid" "$(grep -c '==' "$ROOT/requirements.lock")"
-    if ! wait "$pid"; then
+    PIP_PID=$!
+    # Ctrl-C does not reach a background job of a script.
+    trap 'kill "$PIP_PID" 2>/dev/null' EXIT
+    _show_progress "$PIP_PID" "$(sed -n 's/==.*//p' "$ROOT/requirements.lock" | sort -u | wc -l)"
+    if ! wait "$PIP_PID"; then
         trap - EXIT
         tail -n 20 "$LOG" >&2
         echo "error: the packages could not be installed; the whole log is in $LOG" >&2

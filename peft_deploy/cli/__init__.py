@@ -30,6 +30,7 @@ _COMMANDS = {
         "merge_command",
         "Write a checkpoint with a LoRA adapter merged into it.",
     ),
+    "adapter": ("peft_deploy.cli.adapter", "adapter_command", "Work on adapter folders."),
     "inspect": (
         "peft_deploy.cli.inspect",
         "inspect_command",

@@ -76,9 +76,8 @@ def export_command(
     else:
         _show(result)
     if result.parity is not None and not result.parity.passed:
-        raise ParityError(
-            "the exported model does not compute what was trained", hint=f"it is kept in {output}"
-        )
+        say(f"[bold red]the check failed[/]; the bundle is kept in {output}")
+        click.get_current_context().exit(ParityError.exit_code)
 
 
 def _data(result: ExportResult) -> dict[str, Any]:

@@ -98,10 +98,11 @@ def train_command(as_json: bool, **options: Any) -> None:
     from peft_deploy.cli._progress import RichProgress
     from peft_deploy.environment import require_paddle
 
-    require_paddle("training")
-    from peft_deploy.training import train
-
     with RichProgress() as progress:
+        progress.phase("Importing Paddle")
+        require_paddle("training")
+        from peft_deploy.training import train
+
         result = train(_options(options), progress)
     if not result.main_process:
         return

@@ -7,6 +7,7 @@ only the modules above it (errors, signature, config).
 from peft_deploy.families import llama as llama  # registers itself
 from peft_deploy.families.family import DecoderDims, DecoderFamily
 from peft_deploy.families.names import MappedName, NameMap, NameRule
+from peft_deploy.families.parallel import ParallelRule, parallel_axes
 from peft_deploy.families.past import (
     PastDims,
     PastRule,
@@ -22,12 +23,14 @@ __all__ = [
     "MappedName",
     "NameMap",
     "NameRule",
+    "ParallelRule",
     "PastDims",
     "PastRule",
     "find_family",
     "find_past_rule",
     "known_architectures",
     "known_past_rules",
+    "parallel_axes",
     "past_dims",
     "register",
 ]

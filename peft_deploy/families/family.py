@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from paddle import nn
 
     from peft_deploy.families.names import NameMap
+    from peft_deploy.families.parallel import ParallelRule
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class DecoderFamily(ABC):
             (batch, sequence, kv heads, head dim). The bundle's layout is always ``"BKSD"``.
         tied: PaddleNLP parameter → the parameter whose storage it shares when the config ties them.
         lora_targets: regular expressions for the linear layers that LoRA adapts by default.
+        parallel_rules: how PaddleNLP spreads the layers over tensor-parallel ranks; empty when that is not known.
         paddle_config: PaddleNLP's configuration class, by name in ``paddlenlp.transformers``.
         paddle_model: PaddleNLP's model class, by name in ``paddlenlp.transformers``.
     """
@@ -51,6 +53,7 @@ class DecoderFamily(ABC):
     past_layout: ClassVar[str]
     tied: ClassVar[Mapping[str, str]]
     lora_targets: ClassVar[tuple[str, ...]]
+    parallel_rules: ClassVar[tuple[ParallelRule, ...]] = ()
     paddle_config: ClassVar[str]
     paddle_model: ClassVar[str]
 

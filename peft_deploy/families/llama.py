@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from peft_deploy.errors import UnsupportedModelError
 from peft_deploy.families.family import DecoderDims, DecoderFamily
 from peft_deploy.families.names import NameMap, NameRule
+from peft_deploy.families.parallel import ParallelRule
 from peft_deploy.families.registry import register
 
 if TYPE_CHECKING:
@@ -62,6 +63,17 @@ class Llama(DecoderFamily):
     past_layout = "BSKD"
     tied = {"lm_head.weight": "llama.embed_tokens.weight"}
     lora_targets = tuple(rf".*{name.split('.')[1]}" for name in _LINEARS)
+    parallel_rules = (
+        ParallelRule(f"llama.{_LAYER}self_attn.q_proj", "column", "num_heads"),
+        ParallelRule(f"llama.{_LAYER}self_attn.k_proj", "column", "num_kv_heads", or_whole=True),
+        ParallelRule(f"llama.{_LAYER}self_attn.v_proj", "column", "num_kv_heads", or_whole=True),
+        ParallelRule(f"llama.{_LAYER}self_attn.o_proj", "row", "num_heads"),
+        ParallelRule(f"llama.{_LAYER}mlp.gate_proj", "column"),
+        ParallelRule(f"llama.{_LAYER}mlp.up_proj", "column"),
+        ParallelRule(f"llama.{_LAYER}mlp.down_proj", "row"),
+        ParallelRule("llama.embed_tokens", "row", "vocab_size", or_whole=True),
+        ParallelRule("lm_head", "column", "vocab_size", or_whole=True),
+    )
     paddle_config = "LlamaConfig"
     paddle_model = "LlamaForCausalLM"
     name_map = NameMap(

@@ -71,7 +71,10 @@ REPLACEMENTS = {
 
 # In the registry, and wrong.
 WRONG = {
-    "repeat_interleave": "is converted to a Tile that does not run with sizes that change; use unsqueeze, expand and reshape",
+    "repeat_interleave": (
+        "is converted to a Tile that does not run with sizes that change; "
+        "use unsqueeze, expand and reshape"
+    ),
     "multinomial": "draws other numbers than Paddle; sample outside the graph",
 }
 

@@ -270,7 +270,7 @@ def test_more_positions_than_the_model_has(name: str) -> None:
     model = prefixed(name)
     fits = np.resize(IDS, (1, MAX_POSITIONS - P))
     assert np.isfinite(run(model, fits)).all()
-    with pytest.raises(PrefixInputError, match="3 prefix tokens and 62 tokens make 65; .* 64"):
+    with pytest.raises(PrefixInputError, match=r"3 prefix tokens and 62 tokens make 65; .* 64"):
         run(model, np.resize(IDS, (1, MAX_POSITIONS - P + 1)))
 
 

@@ -68,7 +68,7 @@ def test_an_adapter_given_as_base_is_recognized(tiny_adapter: Path, tmp_path: Pa
 def test_adapter_of_another_model_names_the_first_three(
     make_tiny_llama: Any, tiny_llama: Path, tmp_path: Path
 ) -> None:
-    other = make_tiny_llama(hidden_size=72, num_attention_heads=6)
+    other = make_tiny_llama(hidden_size=72, head_dim=12)
     adapter = adapter_for(other, tmp_path / "adapter")
     result = run(
         "export", "--base", tiny_llama, "--adapter", adapter, "--merge", "--output", tmp_path / "o"
@@ -95,7 +95,9 @@ def test_rank_in_the_file_differs_from_the_configuration(
 ) -> None:
     adapter = shutil.copytree(tiny_adapter, tmp_path / "adapter")
     config = json.loads((adapter / "lora_config.json").read_text("utf-8"))
-    (adapter / "lora_config.json").write_text(json.dumps({**config, "r": 4}), "utf-8")
+    (adapter / "lora_config.json").write_text(
+        json.dumps({**config, "r": 4, "scaling": 10 / 4}), "utf-8"
+    )
     with pytest.raises(AdapterError, match=r"of rank 5; its lora_config\.json says r = 4"):
         peft_deploy.export(tiny_llama, tmp_path / "out", adapter=adapter, options=UNCHECKED)
 
@@ -273,6 +275,8 @@ def test_ctrl_c_leaves_nothing_behind(tiny_llama: Path, tmp_path: Path) -> None:
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "TMPDIR": str(tmp_path)},
+        # Started in the background, this process ignores Ctrl-C, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
     )
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob(".out*")) and time.monotonic() < deadline:

@@ -24,7 +24,7 @@ class FoldConstantsPass(ir.passes.InPlacePass):
             results = _evaluate(node, model.opset_imports[""])
             for value, result in zip(node.outputs, results, strict=True):
                 constant = ir.Value(name=f"{value.name}.folded", const_value=result)
-                constant.shape, constant.dtype = ir.Shape(result.shape), result.dtype
+                constant.shape, constant.dtype = ir.Shape(result.numpy().shape), result.dtype
                 model.graph.register_initializer(constant)
                 value.replace_all_uses_with(constant)
             model.graph.remove(node, safe=True)
