@@ -145,7 +145,7 @@ def _weight_file(folder: Path, variant: str | None) -> Path:
     if shards:
         raise AdapterError(
             f"{folder} holds the adapter in pieces of single parallel ranks:\n{listed(shards)}",
-            hint="save it with merge_tensor_parallel=True",
+            hint="put them together with: peft-deploy adapter merge-shards DIR DST",
         )
     raise AdapterError(f"{folder} has no adapter weights. Looked for:\n{listed(wanted)}")
 
