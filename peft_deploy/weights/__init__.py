@@ -15,6 +15,7 @@ from peft_deploy.weights.lora import LoraPair, lora_delta, merge_weight
 from peft_deploy.weights.merged import AdapterTensors, MergedTensors
 from peft_deploy.weights.rounding import ROUNDING_LIMIT, RoundingLoss
 from peft_deploy.weights.source import DTYPES, FLOATING, Array, TensorInfo, TensorSource
+from peft_deploy.weights.tensor_parallel import merge_shards, split_shards
 from peft_deploy.weights.writer import write_safetensors
 
 __all__ = [
@@ -37,7 +38,9 @@ __all__ = [
     "contiguous_blocks",
     "fingerprint",
     "lora_delta",
+    "merge_shards",
     "merge_weight",
     "open_checkpoint",
+    "split_shards",
     "write_safetensors",
 ]

@@ -6,6 +6,15 @@ job needs it for: validating in the dynamic graph.
 
 from peft_deploy.workflows.export import ExportResult, export
 from peft_deploy.workflows.merge import MergeResult, merge
+from peft_deploy.workflows.shards import MergedShards, merge_adapter_shards
 from peft_deploy.workflows.validate import validate
 
-__all__ = ["ExportResult", "MergeResult", "export", "merge", "validate"]
+__all__ = [
+    "ExportResult",
+    "MergeResult",
+    "MergedShards",
+    "export",
+    "merge",
+    "merge_adapter_shards",
+    "validate",
+]
