@@ -25,7 +25,7 @@ from peft_deploy.config.export import ExportOptions
 from peft_deploy.config.merge import MergeOptions, parse_size
 from peft_deploy.errors import ConfigError
 from peft_deploy.weights import ROUNDING_LIMIT, Array
-from peft_deploy.workflows import merge as merge_function
+from peft_deploy.workflows.merge import merge as merge_function
 
 Make = Callable[..., Path]
 
@@ -82,6 +82,18 @@ def test_every_weight_is_the_oracle_s_rounded_once(
     assert open_base(out).dims == open_base(base).dims
     assert (out / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
     assert (out / "generation_config.json").is_file()
+
+
+def test_paddlenlp_s_config_names_one_type(
+    make_tiny_llama: Make, tuned: Path, tmp_path: Path
+) -> None:
+    base = make_tiny_llama(layout="paddlenlp")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "torch_dtype": "float32"}))
+    options = MergeOptions(dtype="bfloat16")
+    peft_deploy.merge(base, tuned, tmp_path / "out", options=options)
+    merged = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert merged == {**config, "dtype": "bfloat16"}
 
 
 @pytest.mark.parametrize("container", ["sharded-safetensors", "pdparams", "sharded-pdparams"])
