@@ -49,11 +49,11 @@ _HOME = {
     "PrefixConfig": "peft_deploy.config",
     "PrefixModel": "peft_deploy.adapters.prefix",
     "PrefixModelForCausalLM": "peft_deploy.adapters.prefix",
-    "export": "peft_deploy.workflows",
+    "export": "peft_deploy.workflows.export",
     "load_bundle": "peft_deploy.runtime",
     "mark_only_lora_as_trainable": "peft_deploy.adapters.lora",
-    "merge": "peft_deploy.workflows",
-    "validate": "peft_deploy.workflows",
+    "merge": "peft_deploy.workflows.merge",
+    "validate": "peft_deploy.workflows.validate",
 }
 
 

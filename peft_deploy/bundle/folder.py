@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
 from peft_deploy import atomic_folder
@@ -29,10 +30,15 @@ class BundleFolder(AtomicFolder):
     def __init__(self, output: Path, *, force: bool = False) -> None:
         super().__init__(output, BUNDLE, force=force)
 
-    def hashes(self) -> dict[str, str]:
-        """File → SHA-256, for everything but the manifest."""
+    def hashes(self, known: Mapping[str, str]) -> dict[str, str]:
+        """File → SHA-256, for everything but the manifest.
+
+        Args:
+            known: hashes that were computed while writing.
+        """
         files = sorted(p for p in self.path.rglob("*") if p.is_file() and p.name != MANIFEST)
-        return {str(p.relative_to(self.path)): sha256(p) for p in files}
+        names = {str(path.relative_to(self.path)): path for path in files}
+        return {name: known.get(name) or sha256(path) for name, path in names.items()}
 
     def seal(self, manifest: Manifest) -> None:
         """Writes the manifest, the last file of a bundle."""

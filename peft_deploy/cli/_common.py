@@ -7,7 +7,9 @@ import json
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import click
@@ -35,6 +37,8 @@ def common_options(command: F) -> F:
     def run(*args: Any, debug: bool, **kwargs: Any) -> Any:
         if debug:
             os.environ[DEBUG_VARIABLE] = "1"
+        else:
+            warnings.showwarning = _show_warning
         try:
             return command(*args, **kwargs)
         except PeftDeployError as exc:
@@ -68,6 +72,22 @@ def fail(error: PeftDeployError, *, debug: bool, as_json: bool) -> NoReturn:
     if error.hint:
         say(f"[bold]hint:[/]  {escape(error.hint)}")
     sys.exit(error.exit_code)
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: object = None,
+    line: str | None = None,
+) -> None:
+    """This package's own warnings, a sentence each; those of others only with --debug."""
+    own = Path(__file__).parents[1]
+    if own in Path(filename).parents:
+        from rich.markup import escape
+
+        say(f"[bold yellow]warning:[/] {escape(str(message))}")
 
 
 def emit_json(data: Any) -> None:

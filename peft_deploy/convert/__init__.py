@@ -1,24 +1,52 @@
-"""From a static program to an ONNX model, and its weights.
+"""From a model's configuration to an ONNX graph, and its weights.
 
 :mod:`~peft_deploy.convert.process` runs tracing and Paddle2ONNX in a child process, :mod:`~peft_deploy.convert.worker`
-is what runs there; the graph that comes back has no weights. :mod:`~peft_deploy.convert.bind` gives its dangling
-inputs their names and lazily read tensors, :mod:`~peft_deploy.convert.passes` cleans it up,
-:mod:`~peft_deploy.convert.postflight` checks it, :mod:`~peft_deploy.convert.write` streams it to disk.
-Imports only the packages above it; without Paddle except in the child.
+is what runs there; the graph that comes back has no weights. :mod:`~peft_deploy.convert.passes` cleans it up,
+:mod:`~peft_deploy.convert.weight_file` streams the weights to disk meanwhile, :mod:`~peft_deploy.convert.bind` joins
+the two, :mod:`~peft_deploy.convert.postflight` checks the result. Imports only the packages above it; without Paddle
+except in the child.
+
+Everything is imported when it is first used: the child must not wait for onnx-ir, nor the parent before it has
+started the child.
 """
 
-from peft_deploy.convert.bind import bind_weights
-from peft_deploy.convert.graph import ConvertedGraph
-from peft_deploy.convert.passes import run_pipeline
-from peft_deploy.convert.postflight import check_graph
-from peft_deploy.convert.process import ConversionJob
-from peft_deploy.convert.write import write_model
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from peft_deploy.convert.bind import bind_weights
+    from peft_deploy.convert.graph import ConvertedGraph
+    from peft_deploy.convert.passes import run_pipeline
+    from peft_deploy.convert.postflight import check_graph
+    from peft_deploy.convert.process import ConversionJob
+    from peft_deploy.convert.weight_file import WeightFile, stream_weights
 
 __all__ = [
     "ConversionJob",
     "ConvertedGraph",
+    "WeightFile",
     "bind_weights",
     "check_graph",
     "run_pipeline",
-    "write_model",
+    "stream_weights",
 ]
+
+_HOME = {
+    "ConversionJob": "process",
+    "ConvertedGraph": "graph",
+    "WeightFile": "weight_file",
+    "bind_weights": "bind",
+    "check_graph": "postflight",
+    "run_pipeline": "passes",
+    "stream_weights": "weight_file",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value

@@ -1,16 +1,14 @@
-"""Gives a weightless graph its weights: dangling names become named initializers that are read when written."""
+"""Joins a graph without weights and a file of weights."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
-import numpy as np
 import onnx_ir as ir
 
 from peft_deploy.convert.graph import ConvertedGraph
+from peft_deploy.convert.weight_file import Placement, WeightFile
 from peft_deploy.errors import ConversionError, listed
-from peft_deploy.weights import Array, TensorSource
 
 IR_DTYPES = {
     "float64": ir.DataType.DOUBLE,
@@ -21,47 +19,37 @@ IR_DTYPES = {
 
 
 def bind_weights(
-    converted: ConvertedGraph, tensors: TensorSource, rename: Callable[[str], str]
-) -> int:
-    """Binds every dangling name to a tensor of the model, in place.
-
-    The tensors are lazy: nothing is read before the model is written, and nothing is kept.
+    converted: ConvertedGraph, file: WeightFile, rename: Callable[[str], str]
+) -> None:
+    """Makes every dangling name an initializer that lies in the file, in place.
 
     Args:
-        converted: the graph and the names of its weights.
-        tensors: the weights, in PaddleNLP's names and layout.
+        converted: the graph, cleaned up.
+        file: all of the model's weights under PaddleNLP's names, and the stand-in's tables under the graph's.
         rename: PaddleNLP's parameter name → the initializer's name.
 
-    Returns:
-        How many weights were bound.
-
     Raises:
-        ConversionError: a name is left dangling, or a weight is not in ``tensors``.
+        ConversionError: the graph uses a weight that is not in the file, or leaves one unused.
     """
     graph = converted.model.graph
     dangling = _dangling(graph)
-    known = set(tensors.names())
-    unknown = [
-        n for n in dangling if n not in converted.parameters and n not in converted.constants
-    ]
-    missing = [p for n in dangling if (p := converted.parameters.get(n)) and p not in known]
-    if unknown or missing:
+    sources = {name: converted.parameters.get(name, name) for name in dangling}
+    missing = set(sources.values()) - file.placements.keys()
+    unused = file.placements.keys() - set(sources.values()) - converted.constants.keys()
+    if missing or unused:
         raise ConversionError(
-            "the converted graph uses weights that are not there:\n" + listed([*unknown, *missing])
+            "the converted graph does not use the model's weights one to one"
+            + (f"; not there:\n{listed(missing)}" if missing else "")
+            + (f"; not used:\n{listed(unused)}" if unused else "")
         )
+    tables = 0
     for name, value in dangling.items():
-        if name in converted.constants:
-            data = converted.constants[name]
-            tensor, shape = _table(data), data.shape
-            value.name = f"constant.{len(graph.initializers)}"
+        if name in converted.parameters:
+            value.name = rename(sources[name])
         else:
-            parameter = converted.parameters[name]
-            value.name = rename(parameter)
-            tensor, shape = _lazy(tensors, parameter, value.name), tensors.info(parameter).shape
-        value.const_value = tensor
-        value.shape, value.dtype = ir.Shape(shape), tensor.dtype
+            value.name, tables = f"table.{tables}", tables + 1
+        _place(value, file.placements[sources[name]], file)
         graph.register_initializer(value)
-    return len(dangling)
 
 
 def _dangling(graph: ir.Graph) -> dict[str, ir.Value]:
@@ -82,20 +70,15 @@ def _dangling(graph: ir.Graph) -> dict[str, ir.Value]:
     return found
 
 
-def _lazy(tensors: TensorSource, parameter: str, name: str) -> ir.TensorProtocol:
-    info = tensors.info(parameter)
-    return ir.LazyTensor(
-        partial(_read, tensors, parameter),
-        dtype=IR_DTYPES[info.dtype],
-        shape=ir.Shape(info.shape),
-        name=name,
+def _place(value: ir.Value, placement: Placement, file: WeightFile) -> None:
+    tensor = ir.ExternalTensor(
+        file.path.name,
+        placement.offset,
+        placement.length,
+        IR_DTYPES[placement.dtype],
+        shape=ir.Shape(placement.shape),
+        name=value.name or "",
+        base_dir=file.path.parent,
     )
-
-
-def _read(tensors: TensorSource, parameter: str) -> ir.TensorProtocol:
-    data: Array = np.ascontiguousarray(tensors.read(parameter))
-    return ir.Tensor(data, dtype=IR_DTYPES[tensors.info(parameter).dtype], name=parameter)
-
-
-def _table(data: Array) -> ir.TensorProtocol:
-    return ir.Tensor(np.ascontiguousarray(data))
+    value.const_value = tensor
+    value.shape, value.dtype = ir.Shape(placement.shape), tensor.dtype

@@ -10,7 +10,6 @@ from peft_deploy.errors import ConversionError, listed
 from peft_deploy.signature import GraphSignature
 
 _CONTROL_FLOW = frozenset({"If", "Loop", "Scan"})
-MAX_INLINE_BYTES = 1024  # what may lie in the graph itself; everything larger is external
 
 
 def check_graph(model: ir.Model, signature: GraphSignature, opset: int) -> dict[str, int]:

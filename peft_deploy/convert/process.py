@@ -13,15 +13,18 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import peft_deploy.errors
-from peft_deploy.convert.graph import ConvertedGraph
 from peft_deploy.convert.worker import ERROR_FILE, REQUEST_FILE
 from peft_deploy.environment import debugging, require
 from peft_deploy.errors import ConverterCrashError, PeftDeployError
 
+if TYPE_CHECKING:
+    from peft_deploy.convert.graph import ConvertedGraph
+
 LOG_FILE = "log.txt"
+_PIPE_BYTES = 1 << 16
 _LOG_LINES = 12  # of the child's log, in the message about a crash
 
 
@@ -45,7 +48,7 @@ class ConversionJob:
         request = {"config": dict(config), "opset": opset}
         (self._folder / REQUEST_FILE).write_text(json.dumps(request), "utf-8")
         reading, writing = os.pipe()
-        self._events = os.fdopen(reading, encoding="utf-8")
+        self._events = reading
         with (self._folder / LOG_FILE).open("wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", f"{__package__}.worker", str(self._folder), str(writing)],
@@ -69,21 +72,23 @@ class ConversionJob:
         if self._process.poll() is None:
             self._process.kill()
         self._process.wait()
-        self._events.close()
+        os.close(self._events)
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def result(self, on_phase: Callable[[str], None]) -> ConvertedGraph:
         """Waits for the child and reads what it made.
 
         Args:
-            on_phase: is called with the title of each phase as it begins.
+            on_phase: is called with the title of the phase that the child is in.
 
         Raises:
             PeftDeployError: the error that the child met, of the child's class.
             ConverterCrashError: the child died; its last log lines are in the message.
         """
-        for line in self._events:  # ends when the child closes its end, also by dying
-            on_phase(line.strip())
+        while lines := os.read(
+            self._events, _PIPE_BYTES
+        ):  # empty: the child closed its end or died
+            on_phase(lines.decode().splitlines()[-1])  # the ones before it are over already
         status = self._process.wait()
         if debugging():
             with contextlib.suppress(OSError):
@@ -93,6 +98,8 @@ class ConversionJob:
             raise _rebuild(json.loads(error.read_text("utf-8")))
         if status != 0:
             raise self._crash(status)
+        from peft_deploy.convert.graph import ConvertedGraph
+
         return ConvertedGraph.read(self._folder)
 
     def _log(self) -> str:

@@ -6,7 +6,7 @@ Paddle2ONNX aborts the process for the first unsupported operator and converts s
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,14 +30,14 @@ class OperatorUse:
     Args:
         name: with its dialect: ``pd_op.matmul``.
         module: path of the layer that made it (``struct_name`` of the program), ``""`` when unknown.
-        source: ``file:line`` of the user's code, ``""`` when unknown.
+        locate: gives ``file:line`` of the user's code, ``""`` when unknown; asked only for what is reported.
         attributes: its attributes.
         float64_attributes: names of those that are stored in double precision.
     """
 
     name: str
     module: str = ""
-    source: str = ""
+    locate: Callable[[], str] = str
     attributes: Mapping[str, Any] = field(default_factory=dict)
     float64_attributes: tuple[str, ...] = ()
 
@@ -51,7 +51,8 @@ class Finding:
 
     def __str__(self) -> str:
         where = self.operator.module or "the model's own forward"
-        source = f" ({self.operator.source})" if self.operator.source else ""
+        source = self.operator.locate()
+        source = f" ({source})" if source else ""
         return f"{self.operator.name} in {where}{source}: {self.reason}"
 
 

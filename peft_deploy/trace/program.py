@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from peft_deploy.errors import TraceError
 from peft_deploy.families import DecoderFamily
 from peft_deploy.signature import GraphSignature, TensorSpec
 from peft_deploy.trace.preflight import OperatorUse
+from peft_deploy.trace.quirks import WRONG_ATTRIBUTES
 
 Array = npt.NDArray[np.generic]
 _CALLSTACK_FRAMES = 8  # Paddle's own frames above the user's line are at most four deep
@@ -64,9 +66,9 @@ class TracedProgram:
         return [
             OperatorUse(
                 name=op.name(),
-                module=op.attrs().get("struct_name", "").strip("/"),
-                source=_user_line(op.callstack),
-                attributes=op.attrs(),
+                module=module_of(op),
+                locate=partial(_user_line, op),
+                attributes=op.attrs() if op.name().partition(".")[2] in WRONG_ATTRIBUTES else {},
                 float64_attributes=double.get(op.name().partition(".")[2], ()),
             )
             for op in _walk(self.program.global_block())
@@ -110,8 +112,8 @@ def trace_decoder(
     return TracedProgram(
         program=program,
         signature=signature,
-        parameters={variable: names[variable] for variable in used & names.keys()},
-        constants={variable: tables[variable].numpy() for variable in used & tables.keys()},
+        parameters={variable: names[variable] for variable in sorted(used & names.keys())},
+        constants={variable: tables[variable].numpy() for variable in sorted(used & tables.keys())},
     )
 
 
@@ -166,10 +168,15 @@ def _walk(block: Any) -> Iterator[Any]:
             yield from _walk(inner)
 
 
-def _user_line(callstack: list[str]) -> str:
+def module_of(op: Any) -> str:
+    """Path of the module that an operator was traced in, ``""`` when unknown."""
+    return op.str_attr("struct_name").strip("/") if op.has_attr("struct_name") else ""
+
+
+def _user_line(op: Any) -> str:
     """The innermost frame outside Paddle, ``file:line``."""
     package = str(Path(paddle.__file__).parent)
-    for frame in reversed(callstack):
+    for frame in reversed(op.callstack):
         text = frame.strip()
         if text.startswith('File "') and package not in text:
             file, _, rest = text[len('File "') :].partition('", line ')

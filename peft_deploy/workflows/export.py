@@ -12,7 +12,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft_deploy.base import BaseModel
+from peft_deploy.base import BaseModel, open_base
 from peft_deploy.bundle import (
     MODEL,
     MODEL_DATA,
@@ -23,27 +23,19 @@ from peft_deploy.bundle import (
 )
 from peft_deploy.bundle.folder import check_output, disk_errors
 from peft_deploy.config.export import ExportOptions
-from peft_deploy.convert import (
-    ConversionJob,
-    ConvertedGraph,
-    bind_weights,
-    check_graph,
-    run_pipeline,
-    write_model,
-)
+from peft_deploy.convert import ConversionJob
 from peft_deploy.errors import ConfigError, ParityError
-from peft_deploy.families import NameMap
 from peft_deploy.progress import Progress, Silent
-from peft_deploy.weights import TensorSource
-from peft_deploy.workflows.sources import ExportSource, from_folders
+from peft_deploy.workflows.sources import EXPORT_DTYPE, ExportSource, from_folders
 
 if TYPE_CHECKING:
     from paddle import nn
 
+    from peft_deploy.convert import ConvertedGraph
     from peft_deploy.parity import ParityReport
+    from peft_deploy.weights import TensorSource
 
 _PACKAGES = ("peft-deploy", "onnx-ir", "onnxruntime", "numpy")
-_DTYPE = "float32"
 
 
 @dataclass(frozen=True)
@@ -98,30 +90,22 @@ def export(
     output = Path(output).expanduser()
     check_output(output, force=options.force)
     clock.phase("Reading names and shapes")
-    source = _source(base, adapter, tokenizer, options)
-    tensors = source.merged(_DTYPE)
+    base = open_base(base) if isinstance(base, str | Path) else base
+    _check_combination(base, adapter, options)
     if options.dry_run:
-        return ExportResult(output, None, None, clock.done(), _peak(), _plan(source, tensors))
+        source = _source(base, adapter, tokenizer)
+        plan = _plan(source, source.merged(EXPORT_DTYPE))
+        return ExportResult(output, None, None, clock.done(), _peak(), plan)
     with ExitStack() as stack:
-        job = stack.enter_context(ConversionJob(source.config, options.opset))
+        # The child needs the configuration only: it starts before the files are looked into.
+        early = isinstance(base, BaseModel)
+        if early:
+            job = stack.enter_context(ConversionJob(base.config, options.opset))
+        source = _source(base, adapter, tokenizer)
+        if not early:
+            job = stack.enter_context(ConversionJob(source.config, options.opset))
         folder = stack.enter_context(BundleFolder(output, force=options.force))
-        fingerprint = source.fingerprint()  # while the child imports Paddle
-        converted = job.result(clock.phase)
-        source.check(converted.shapes)
-        counts, removed = _finish_graph(converted, source, tensors, options)
-        with disk_errors(output):
-            write_model(converted.model, folder.path / MODEL, MODEL_DATA, clock)
-        _write_configs(folder, source)
-        clock.phase("Hashing files")
-        manifest = _manifest(
-            source,
-            options,
-            converted,
-            folder.hashes(),
-            fingerprint,
-            {"operators": counts, "removed": removed},
-        )
-        folder.seal(manifest)
+        manifest = _fill(folder, source, job, options, clock)
         report = None
         if options.validate:
             manifest, report = _validate(folder, source, manifest, clock)
@@ -135,42 +119,56 @@ def export(
     return ExportResult(output, manifest, report, clock.done(), _peak())
 
 
-def _source(
-    base: str | Path | BaseModel | nn.Layer,
-    adapter: str | Path | None,
-    tokenizer: str | Path | None,
-    options: ExportOptions,
-) -> ExportSource:
-    if isinstance(base, str | Path | BaseModel):
-        if adapter is not None and not options.merge:
-            raise ConfigError(
-                "an adapter was given without saying what to do with it", hint="add --merge"
-            )
-        return from_folders(base, adapter)
-    if adapter is not None:
+def _check_combination(
+    base: BaseModel | nn.Layer, adapter: str | Path | None, options: ExportOptions
+) -> None:
+    if adapter is None:
+        return
+    if not isinstance(base, BaseModel):
         raise ConfigError(
             "a model in memory brings its own adapter; give a folder as base to add one"
         )
+    if not options.merge:
+        raise ConfigError(
+            "an adapter was given without saying what to do with it", hint="add --merge"
+        )
+
+
+def _source(
+    base: BaseModel | nn.Layer, adapter: str | Path | None, tokenizer: str | Path | None
+) -> ExportSource:
+    if isinstance(base, BaseModel):
+        return from_folders(base, adapter)
     from peft_deploy.workflows.in_memory import from_memory
 
     return from_memory(base, None if tokenizer is None else Path(tokenizer))
 
 
-def _finish_graph(
-    converted: ConvertedGraph, source: ExportSource, tensors: TensorSource, options: ExportOptions
-) -> tuple[dict[str, int], dict[str, int]]:
-    """Names, weights, clean-up and checks; the counts of operators, and of nodes that each pass removed."""
-    signature = source.family.signature(source.config, _DTYPE)
-    names = source.family.name_map
-    bind_weights(converted, tensors, lambda parameter: _initializer(names, parameter))
-    removed = run_pipeline(converted, signature, names)
-    return check_graph(converted.model, signature, options.opset), removed
+def _fill(
+    folder: BundleFolder,
+    source: ExportSource,
+    job: ConversionJob,
+    options: ExportOptions,
+    clock: _Clock,
+) -> Manifest:
+    """Writes everything that a bundle has, the unvalidated manifest last."""
+    # Here and not above: onnx-ir takes most of a second to import, which the child has better use for.
+    from peft_deploy.convert import WeightFile, stream_weights
+    from peft_deploy.workflows.graph import finish_graph
 
-
-def _initializer(names: NameMap, parameter: str) -> str:
-    """Weights go by Hugging Face's names, which the tools around ONNX know; their layout is [in, out]."""
-    mapped = names.to_huggingface(parameter)
-    return mapped.name if mapped else parameter
+    tensors = source.merged(EXPORT_DTYPE)
+    fingerprint = source.fingerprint()
+    with disk_errors(folder.output), WeightFile(folder.path / MODEL_DATA) as file:
+        stream_weights(tensors, file, clock)  # while the child traces
+        converted = job.result(clock.phase)
+        clock.phase("Finishing the graph")
+        source.check(converted.shapes)
+        graph = finish_graph(converted, source, file, options.opset, folder.path / MODEL)
+    _write_configs(folder, source)
+    hashes = folder.hashes({MODEL_DATA: file.sha256})
+    manifest = _manifest(source, options, converted, hashes, fingerprint, graph)
+    folder.seal(manifest)
+    return manifest
 
 
 def _write_configs(folder: BundleFolder, source: ExportSource) -> None:
@@ -198,7 +196,7 @@ def _manifest(
         versions=_versions() | converted.versions,
         model_type=source.family.model_type,
         architecture=source.family.paddle_model,
-        signature=source.family.signature(source.config, _DTYPE),
+        signature=source.family.signature(source.config, EXPORT_DTYPE),
         opset=options.opset,
         precision="fp32",
         base={"name": source.name, "layout": source.layout, "fingerprint": fingerprint},
@@ -249,7 +247,7 @@ def _plan(source: ExportSource, tensors: TensorSource) -> list[str]:
             f"adapter {source.adapter.name}: LoRA of rank {adapter.config.r} on {len(adapter.pairs)} layers, "
             f"{len(adapter.replacements)} replaced tensors; it fits the base model"
         )
-    plan.append(f"the bundle would hold {total / 1e6:,.0f} MB of {_DTYPE} weights")
+    plan.append(f"the bundle would hold {total / 1e6:,.0f} MB of {EXPORT_DTYPE} weights")
     return plan
 
 

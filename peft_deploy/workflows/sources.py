@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from paddle import nn
 
 
+EXPORT_DTYPE = "float32"  # of the weights and the arithmetic in a bundle
+
+
 @dataclass(frozen=True)
 class NamedAdapter:
     """An adapter and the name it goes by in the bundle."""

@@ -17,8 +17,9 @@ PACKAGES = [module for module in modules() if module.is_package]
 
 def declared(package: Module) -> list[str] | None:
     for node in package.tree.body:
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
-            return list(ast.literal_eval(node.value))
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        if any(getattr(target, "id", "") == "__all__" for target in targets):
+            return list(ast.literal_eval(node.value))  # type: ignore[attr-defined]
     return None
 
 

@@ -22,6 +22,7 @@ import peft_deploy
 from peft_deploy.adapters.formats import read_adapter, write_adapter
 from peft_deploy.cli import cli
 from peft_deploy.config.export import ExportOptions
+from peft_deploy.convert import WeightFile
 from peft_deploy.errors import (
     AdapterError,
     CheckpointError,
@@ -222,8 +223,7 @@ def test_no_space_left(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.Mon
     def full(*_arguments: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    module = sys.modules[export_module.__module__]
-    monkeypatch.setattr(module, "write_model", full)
+    monkeypatch.setattr(WeightFile, "add", full)
     with pytest.raises(OutputError, match="no space left"):
         peft_deploy.export(tiny_llama, tmp_path / "out", options=UNCHECKED)
     assert nothing_left(tmp_path / "out")
@@ -236,8 +236,7 @@ def test_a_bundle_that_fails_the_check_is_not_left_in_place(
     """The adapter is scaled by 1.05 on its way into the weights."""
     from peft_deploy.weights.lora import LoraPair
 
-    module = sys.modules[export_module.__module__]
-    source_of = module.from_folders
+    source_of = export_module.from_folders
 
     def scaled(*arguments: Any) -> Any:
         import dataclasses
@@ -253,7 +252,7 @@ def test_a_bundle_that_fails_the_check_is_not_left_in_place(
             source, adapter=dataclasses.replace(source.adapter, adapter=wrong)
         )
 
-    monkeypatch.setattr(module, "from_folders", scaled)
+    monkeypatch.setattr(export_module, "from_folders", scaled)
     with pytest.raises(ParityError) as caught:
         peft_deploy.export(tiny_llama, tmp_path / "out", adapter=tiny_adapter)
     assert caught.value.report is not None and not caught.value.report.passed

@@ -24,7 +24,7 @@ def test_renamed_and_structural_operators_pass() -> None:
 
 
 def test_unsupported_operator_is_named_with_module_line_and_replacement() -> None:
-    use = OperatorUse("pd_op.swiglu", "llama.layers.3.mlp", "modeling.py:687")
+    use = OperatorUse("pd_op.swiglu", "llama.layers.3.mlp", lambda: "modeling.py:687")
     with pytest.raises(UnsupportedOperatorError) as caught:
         check_program([use], SUPPORTED)
     for part in ("pd_op.swiglu", "llama.layers.3.mlp", "modeling.py:687", "silu(gate) * up"):

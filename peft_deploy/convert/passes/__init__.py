@@ -22,8 +22,10 @@ def run_pipeline(
 ) -> dict[str, int]:
     """Cleans the graph up in place.
 
+    Its weights are not bound yet, so that no pass can take two equal ones for one.
+
     Args:
-        converted: the graph, its weights bound.
+        converted: the graph, its weights dangling.
         signature: the names and dimensions its inputs and outputs get.
         names: for the module paths in the names of nodes.
 

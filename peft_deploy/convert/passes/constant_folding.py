@@ -38,7 +38,6 @@ def _foldable(node: ir.Node) -> bool:
     return all(
         value is not None
         and value.const_value is not None
-        and not isinstance(value.const_value, ir.LazyTensor)
         and value.const_value.size <= MAX_ELEMENTS
         for value in node.inputs
     )

@@ -38,7 +38,7 @@ def _kept_operand(node: ir.Node) -> ir.Value | None:
         if constant is None or other is None or constant.const_value is None:
             continue
         tensor = constant.const_value
-        if tensor.size != 1 or isinstance(tensor, ir.LazyTensor):
+        if tensor.size != 1:
             continue
         rank = len(tensor.shape)
         if rank and (other.shape is None or len(other.shape) < rank):

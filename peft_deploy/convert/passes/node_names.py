@@ -32,10 +32,8 @@ class NameNodesPass(ir.passes.InPlacePass):
 
     @staticmethod
     def _name_constants(graph: ir.Graph) -> None:
-        """Constants that came from Paddle2ONNX, as opposed to weights, are numbered."""
-        constants = [
-            v for v in graph.initializers.values() if not isinstance(v.const_value, ir.LazyTensor)
-        ]
+        """Constants are numbered; weights are not initializers yet."""
+        constants = list(graph.initializers.values())
         for i, value in enumerate(constants):
             value.name = f"constant.{i}.folded"
         for i, value in enumerate(constants):
