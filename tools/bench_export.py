@@ -1,9 +1,8 @@
 """Measures what the project promises about speed and memory, on SmolLM2-135M.
 
 Prints wall time and peak memory of ``export --merge --no-validate``, the time of ``--help`` and
-that of a training step: medians of several runs. Memory is that of the whole process tree, sampled
-every 50 ms: shared pages are divided among the processes that share them (PSS), where the kernel
-tells, and what is mapped from files counts as long as it is in memory.
+that of a training step: medians of several runs. Memory is the resident size of the whole process
+tree, sampled every 50 ms; pages that its processes share are counted once for each of them.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ def run_measured(command: list[str]) -> Measured:
     tree_peak, largest = 0, 0
     while process.poll() is None:
         tree = _process_tree(process.pid)
-        tree_peak = max(tree_peak, sum(map(_memory, tree)))
+        tree_peak = max(tree_peak, sum(_status(pid, "VmRSS") for pid in tree))
         largest = max([largest, *(_status(pid, "VmHWM") for pid in tree)])
         time.sleep(SAMPLING_SECONDS)
     seconds = time.perf_counter() - start
@@ -74,14 +73,6 @@ def _process_tree(root: int) -> list[int]:
         for children in Path(f"/proc/{pid}/task").glob("*/children"):
             tree += map(int, _text(children).split())
     return tree
-
-
-def _memory(pid: int) -> int:
-    """PSS in bytes; the resident size where the kernel does not tell it; 0 for a process gone."""
-    for line in _text(Path(f"/proc/{pid}/smaps_rollup")).splitlines():
-        if line.startswith("Pss:"):
-            return int(line.split()[1]) * 1024
-    return _status(pid, "VmRSS")
 
 
 def _status(pid: int, key: str) -> int:
