@@ -14,6 +14,8 @@ from peft_deploy.families import DecoderDims, DecoderFamily, find_family
 from peft_deploy.weights import CanonicalTensors, open_checkpoint
 
 CONFIG = "config.json"
+_ADAPTER_CONFIGS = ("lora_config.json", "prefix_config.json", "adapter_config.json")
+_WEIGHTS = ("model.safetensors", "model-", "model_state")  # how weight files of base models begin
 
 # Files that travel with a model into a bundle, when they are there: what tokenizes and what ends a text.
 COMPANIONS = (
@@ -97,6 +99,7 @@ def open_base(path: str | Path) -> BaseModel:
             hint=f"try --base {folder.parent}",
         )
     config = _read_config(folder)
+    _refuse_adapter(folder)
     family = find_family(config)
     try:
         family.paddle_arguments(config)
@@ -106,16 +109,27 @@ def open_base(path: str | Path) -> BaseModel:
     return BaseModel(folder, config, family)
 
 
+def _refuse_adapter(folder: Path) -> None:
+    """Adapter folders have a config.json too, the base model's."""
+    if is_adapter(folder) and not any(p.name.startswith(_WEIGHTS) for p in folder.iterdir()):
+        raise CheckpointError(
+            f"{folder} is an adapter, not a base model",
+            hint="pass it with --adapter, and the model that it was trained on with --base",
+        )
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether the folder holds an adapter's configuration."""
+    return any((folder / name).is_file() for name in _ADAPTER_CONFIGS)
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
         there = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
-        adapter = (folder / "lora_config.json").exists() or (
-            folder / "adapter_config.json"
-        ).exists()
         raise CheckpointError(
             f"{folder} has no {CONFIG}; it holds {there}",
-            hint="this is an adapter: pass it with --adapter" if adapter else None,
+            hint="this is an adapter: pass it with --adapter" if is_adapter(folder) else None,
         )
     try:
         config = json.loads(path.read_text("utf-8"))

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from peft_deploy.training import TrainOptions, TrainResult
 
 _FILE = click.Path(path_type=Path)
+# Said before Paddle is imported, which takes seconds.
+_DATA = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 @click.command("train")
@@ -20,7 +22,7 @@ _FILE = click.Path(path_type=Path)
     "--base", required=True, help="Base model: a folder, or a name that PaddleNLP can download."
 )
 @click.option("--method", type=click.Choice(["lora"]), default="lora", show_default=True)
-@click.option("--data", required=True, type=_FILE, help="JSONL file of examples.")
+@click.option("--data", required=True, type=_DATA, help="JSONL file of examples.")
 @click.option("--output", required=True, type=_FILE, help="The adapter's folder.")
 # paddle.distributed.launch takes --r for an abbreviation of options of its own.
 @click.option(
@@ -58,7 +60,7 @@ _FILE = click.Path(path_type=Path)
     "--max-length", type=int, default=1024, show_default=True, help="Tokens of an example."
 )
 @click.option("--seed", type=int, default=42, show_default=True)
-@click.option("--eval-data", type=_FILE, help="JSONL file of examples that are only measured.")
+@click.option("--eval-data", type=_DATA, help="JSONL file of examples that are only measured.")
 @click.option("--eval-steps", type=int, help="Steps between measurements; each epoch by default.")
 @click.option("--save-steps", type=int, help="Steps between checkpoints; none by default.")
 @click.option("--keep-checkpoints", type=int, default=2, show_default=True)

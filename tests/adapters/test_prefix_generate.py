@@ -74,7 +74,7 @@ def test_positions_of_one_s_own(name: str) -> None:
     np.testing.assert_array_equal(first, run(model, position_ids=positions)[:, -1].argmax(-1))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ["llama", "bloom", "chatglm_v2"])
 def test_sampling(name: str) -> None:
     model = prefixed(name)
     options = {"decode_strategy": "sampling", "top_k": 5, "temperature": 3.0}
@@ -124,8 +124,11 @@ def test_positional_tokens_and_scores() -> None:
     assert ids.shape == [2, NEW] and scores.shape == [2, 1]
 
 
-@pytest.mark.parametrize("strategy", ["greedy_search", "sampling", "beam_search"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "strategy"),
+    [(name, "greedy_search") for name in CASES]
+    + [(name, way) for name in ("llama", "chatglm_v2") for way in ("sampling", "beam_search")],
+)
 def test_the_model_is_as_it_was(name: str, strategy: str) -> None:
     model = prefixed(name)
     before, logits, plain = attributes(model), run(model), run(model.model)
@@ -175,7 +178,7 @@ def test_two_threads_and_two_prefixes_on_one_model() -> None:
     found: dict[int, list[np.ndarray]] = {0: [], 1: [], 2: []}
 
     def work(which: int) -> None:
-        for _ in range(6):
+        for _ in range(4):
             if which == 2:
                 mask = {"attention_mask": paddle.ones([2, 5], dtype="int64")}
                 found[2].append(tokens(base, **mask))
@@ -188,7 +191,7 @@ def test_two_threads_and_two_prefixes_on_one_model() -> None:
     for thread in threads:
         thread.join()
     for which, expected in enumerate([*wanted, plain]):
-        assert len(found[which]) == 6
+        assert len(found[which]) == 4
         for result in found[which]:
             np.testing.assert_array_equal(result, expected)
 

@@ -322,8 +322,9 @@ def test_a_past_without_the_prefix_is_refused() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("projection", PROJECTIONS)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "projection"), [*((name, False) for name in CASES), ("llama", True), ("bloom", True)]
+)
 def test_only_the_prefix_learns(name: str, projection: bool) -> None:
     model = prefixed(name, prefix_projection=projection).train()
     before = {n: p.numpy().copy() for n, p in model.named_parameters()}
@@ -426,6 +427,23 @@ def test_states_load_under_both_names_all_or_nothing() -> None:
         with pytest.raises(AdapterError, match=text):
             fresh.set_state_dict(wrong)
         np.testing.assert_array_equal(run(fresh), wanted)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("full_graph", [True, False])
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_static_graph_of_any_size(masked: bool, full_graph: bool) -> None:
+    model = prefixed(prefix_projection=True)
+    texts = [IDS, IDS[:1, :3], np.tile(IDS, (2, 2))]
+    wanted = [run(model, text) for text in texts]
+    spec = [paddle.static.InputSpec([None, None], "int64")] * (1 + masked)
+    static = paddle.jit.to_static(model, input_spec=spec, full_graph=full_graph)
+    for text, expected in zip(texts, wanted, strict=True):
+        inputs = [paddle.to_tensor(text), paddle.ones(text.shape, dtype="int64")]
+        with paddle.no_grad():
+            found = static(*inputs[: 1 + masked])
+        found = found[0] if isinstance(found, (tuple, list)) else found
+        np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
 
 
 def test_the_names_of_the_specification() -> None:

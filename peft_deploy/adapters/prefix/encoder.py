@@ -37,3 +37,9 @@ def build_encoder(config: PrefixConfig, head_dim: int) -> nn.Sequential:
         )
     finally:
         paddle.set_default_dtype(default)
+
+
+def past_split(config: PrefixConfig, head_dim: int) -> list[int]:
+    """What one row of a batch is divided into: [P, 2·L, K, D]."""
+    sizes = (config.num_prefix_tokens, 2 * (config.num_hidden_layers or 0), config.num_kv_heads)
+    return [*(size or 0 for size in sizes), head_dim]

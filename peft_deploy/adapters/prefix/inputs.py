@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import paddle
@@ -20,42 +19,39 @@ PadMask = Callable[[Any, int, paddle.Tensor], paddle.Tensor]
 _PAST_ARGUMENTS = ("past_key_values", "cache")
 
 
-@dataclass(frozen=True)
 class PrefixInputs:
-    """The inputs of one model.
+    """The inputs of one model behind P prefix tokens.
 
     Args:
+        model: the model; not kept.
+        num_tokens: P.
+
+    Attributes:
         model_name: the class of the model, for messages.
         arguments: what its ``forward`` takes.
         past_argument: the one that takes a past.
         num_tokens: P.
         rule: what the model does with a past, if that is known.
         max_positions: how many positions it has; None without a limit, or when not known.
+
+    Raises:
+        UnsupportedPrefixModelError: the model's ``forward`` takes no past.
     """
 
-    model_name: str
-    arguments: frozenset[str]
-    past_argument: str
-    num_tokens: int
-    rule: PastRule | None
-    max_positions: int | None
-
-    @classmethod
-    def of(cls, model: nn.Layer, num_tokens: int) -> PrefixInputs:
-        """Those of a model, with P prefix tokens.
-
-        Raises:
-            UnsupportedPrefixModelError: its ``forward`` takes no past.
-        """
-        name = type(model).__name__
-        arguments = frozenset(inspect.signature(model.forward).parameters)
-        past = next((a for a in _PAST_ARGUMENTS if a in arguments), None)
+    # No dataclass: Paddle's to_static cannot call the methods of one.
+    def __init__(self, model: nn.Layer, num_tokens: int) -> None:
+        self.model_name = type(model).__name__
+        self.arguments = frozenset(inspect.signature(model.forward).parameters)
+        self.num_tokens = num_tokens
+        self.rule: PastRule | None = rule_of(model)
+        self.max_positions = dims_of(model).max_positions
+        past = next((name for name in _PAST_ARGUMENTS if name in self.arguments), None)
         if past is None:
             raise UnsupportedPrefixModelError(
-                f"the forward of a {name} takes neither {' nor '.join(_PAST_ARGUMENTS)}, "
-                "so a prefix cannot be given to it"
+                f"the forward of a {self.model_name} takes neither "
+                f"{' nor '.join(_PAST_ARGUMENTS)}, so a prefix cannot be given to it"
             )
-        return cls(name, arguments, past, num_tokens, rule_of(model), dims_of(model).max_positions)
+        self.past_argument: str = past
 
     @property
     def counts_from_zero(self) -> bool:
@@ -78,13 +74,13 @@ class PrefixInputs:
             PrefixInputError: neither is given, or embeddings to a model that takes none alone.
         """
         if input_ids is not None:
-            return list(input_ids.shape)
+            return _batch_and_length(input_ids)
         if inputs_embeds is None:
             raise PrefixInputError("input_ids or inputs_embeds must be provided")
         takes = "inputs_embeds" in self.arguments
         if not takes or (self.rule is not None and not self.rule.takes_embeddings):
             raise PrefixInputError(f"a {self.model_name} takes no inputs_embeds without input_ids")
-        return list(inputs_embeds.shape[:2])
+        return _batch_and_length(inputs_embeds)
 
     def check_lengths(self, past: Any, new: int, mask: paddle.Tensor | None) -> None:
         """Checks that past, new tokens, mask and positions fit one another.
@@ -97,8 +93,10 @@ class PrefixInputs:
         Raises:
             PrefixInputError: they do not.
         """
+        if not paddle.in_dynamic_mode():  # lengths are symbols there
+            return
         P, seen = self.num_tokens, self._length(past)
-        if seen is None or not paddle.in_dynamic_mode():
+        if seen is None:
             return
         if seen < P:
             raise PrefixInputError(
@@ -149,6 +147,12 @@ class PrefixInputs:
         if self.rule is None:
             return None
         return int(past[0][0].shape[self.rule.layout.index("S")])
+
+
+def _batch_and_length(tokens: paddle.Tensor) -> list[int]:
+    """[B, S]; tensors while a static graph is built, where the sizes are not known."""
+    sizes = tokens.shape if paddle.in_dynamic_mode() else paddle.shape(tokens)
+    return [sizes[0], sizes[1]]
 
 
 def is_empty(past: Any) -> bool:

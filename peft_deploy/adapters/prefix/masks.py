@@ -58,5 +58,5 @@ def widen_mask(mask: paddle.Tensor, num_prefix_tokens: int) -> paddle.Tensor:
     Returns:
         [..., P + T], of the same type.
     """
-    front = paddle.ones([*mask.shape[:-1], num_prefix_tokens], dtype=mask.dtype)
-    return paddle.concat([front, mask], axis=-1)
+    column = paddle.ones_like(mask[..., :1])
+    return paddle.concat([*[column] * num_prefix_tokens, mask], axis=-1)

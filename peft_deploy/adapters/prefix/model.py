@@ -14,7 +14,7 @@ from paddle import nn
 
 from peft_deploy.adapters.formats.prefix import read_prefix
 from peft_deploy.adapters.lora.arrays import dtype_name
-from peft_deploy.adapters.prefix.encoder import build_encoder
+from peft_deploy.adapters.prefix.encoder import build_encoder, past_split
 from peft_deploy.adapters.prefix.errors import PrefixInputError, UnsupportedPrefixModelError
 from peft_deploy.adapters.prefix.generation import generation_view, token_mask
 from peft_deploy.adapters.prefix.inputs import PadMask, PrefixInputs, is_empty
@@ -65,7 +65,8 @@ class PrefixModelForCausalLM(nn.Layer):  # type: ignore[misc]
         super().__init__()
         _refuse(model, prefix_config)
         self.prefix_config, self.head_dim = resolve_config(prefix_config, model)
-        self._inputs = PrefixInputs.of(model, self.prefix_config.num_prefix_tokens or 0)
+        self._inputs = PrefixInputs(model, self.prefix_config.num_prefix_tokens or 0)
+        self._split = past_split(self.prefix_config, self.head_dim)
         self.model = model
         self.prefix_encoder = build_encoder(self.prefix_config, self.head_dim)
         self.register_buffer(
@@ -265,14 +266,12 @@ class PrefixModelForCausalLM(nn.Layer):  # type: ignore[misc]
 
     def _get_past_key_values(self, batch_size: int) -> Any:
         """The prefix as the model takes it, for every row of a batch."""
-        config = self.prefix_config
         tokens = self.prefix_tokens.unsqueeze(0).expand([batch_size, -1])
         past = self.prefix_encoder(tokens)  # [B, P, 2·L·K·D]
         own = next(iter(self.model.named_parameters()))[1].dtype
         if dtype_name(self.prefix_encoder[0].weight) != str(own).rpartition(".")[2]:
             past = past.astype(own)
-        split = (2 * (config.num_hidden_layers or 0), config.num_kv_heads, self.head_dim)
-        return self.postprocess_past_key_value(past.reshape([*past.shape[:2], *split]))
+        return self.postprocess_past_key_value(past.reshape([-1, *self._split]))
 
     def _with_prefix(
         self, shape: list[int], attention_mask: paddle.Tensor | None, past: Any
