@@ -9,14 +9,9 @@ from typing import Any
 
 import paddle
 from paddle import nn
-from paddle.utils import map_structure
-
-from peft_deploy.families import PastRule
 
 
-def generation_view(
-    model: nn.Layer, rule: PastRule | None, prepare: Callable[..., dict[str, Any]]
-) -> nn.Layer:
+def generation_view(model: nn.Layer, prepare: Callable[..., dict[str, Any]]) -> nn.Layer:
     """A model with the same parameters and layers, whose steps of generation are prepared by us.
 
     What generation changes about it (and PaddleNLP's does change attributes) ends with it, so an
@@ -24,14 +19,10 @@ def generation_view(
 
     Args:
         model: the model.
-        rule: what the model does with a past.
         prepare: gets the model's own ``prepare_inputs_for_generation`` and its arguments.
     """
     view = copy.copy(model)
     view.prepare_inputs_for_generation = partial(prepare, view.prepare_inputs_for_generation)
-    if rule is not None and not rule.layout.startswith("B"):
-        # PaddleNLP's beam search takes every past to have the batch in front.
-        view.reorder_cache = partial(_reorder, axis=rule.layout.index("B"))
     return view
 
 
@@ -67,7 +58,3 @@ def _token(model: nn.Layer, options: Mapping[str, Any], name: str) -> Any:
         getattr(model.config, name, None),
     )
     return next((value for value in places if value is not None), None)
-
-
-def _reorder(past: Any, beam_idx: paddle.Tensor, axis: int) -> Any:
-    return map_structure(lambda x: paddle.index_select(x, beam_idx, axis=axis), past)

@@ -180,7 +180,7 @@ class PrefixModelForCausalLM(nn.Layer):  # type: ignore[misc]
             if self._inputs.counts_from_zero:
                 tokens = paddle.arange(input_ids.shape[1], dtype="int64")
                 kwargs["position_ids"] = tokens.expand(input_ids.shape)
-        view = generation_view(self.model, self._inputs.rule, self._prepare)
+        view = generation_view(self.model, self._prepare)
         return view.generate(input_ids=input_ids, **kwargs)
 
     def mark_only_prefix_as_trainable(self) -> None:
