@@ -21,7 +21,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-_ITEM_WIDTH = 44
+_ITEM_WIDTH = 48
 
 
 class RichProgress:
@@ -75,7 +75,7 @@ class RichProgress:
     def advance(self, amount: int = 1, item: str = "") -> None:
         """Moves the bar."""
         if self._live and self._current is not None:
-            shown = item if len(item) <= _ITEM_WIDTH else f"…{item[-_ITEM_WIDTH + 1 :]}"
+            shown = item if len(item) <= _ITEM_WIDTH else f"{item[: _ITEM_WIDTH - 1]}…"
             self._bars.update(self._current, advance=amount, item=shown)
 
     def _finish(self) -> None:

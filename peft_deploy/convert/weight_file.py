@@ -101,9 +101,9 @@ def stream_weights(tensors: TensorSource, file: WeightFile, progress: Progress) 
     names = sorted(tensors.names(), key=_by_layer)
     sizes = {name: tensors.info(name).nbytes for name in names}
     progress.phase("Merging and writing weights", sum(sizes.values()), "bytes")
-    for name, size in sizes.items():
+    for number, (name, size) in enumerate(sizes.items(), 1):
         file.add(name, tensors.read(name))
-        progress.advance(size, name)
+        progress.advance(size, f"{number} of {len(sizes)} tensors · {name}")
 
 
 def _by_layer(name: str) -> list[tuple[int, str]]:

@@ -113,7 +113,9 @@ def trace_decoder(
         program=program,
         signature=signature,
         parameters={variable: names[variable] for variable in sorted(used & names.keys())},
-        constants={variable: tables[variable].numpy() for variable in sorted(used & tables.keys())},
+        constants={
+            variable: tables[variable].numpy() for variable in sorted(used & tables.keys())
+        },
     )
 
 

@@ -7,7 +7,7 @@ import resource
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -224,8 +224,7 @@ def _adapter_entry(source: ExportSource) -> dict[str, Any]:
 def _validate(
     folder: BundleFolder, source: ExportSource, manifest: Manifest, clock: _Clock
 ) -> tuple[Manifest, ParityReport]:
-    from dataclasses import replace
-
+    clock.phase("Preparing the check")
     from peft_deploy.workflows.validate import check_bundle
 
     reference = source.load_reference(clock)

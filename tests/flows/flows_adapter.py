@@ -13,11 +13,18 @@ from peft_deploy.config import LoRAConfig
 RANK = 5
 
 
-def adapter_for(base: Path, folder: Path, *, rank: int = RANK, seed: int = 7) -> Path:
+def adapter_for(
+    base: Path,
+    folder: Path,
+    *,
+    rank: int = RANK,
+    seed: int = 7,
+    spread: tuple[float, float] = (0.3, 0.2),
+) -> Path:
     """An adapter on every linear layer of a base model but the head, A and B random.
 
-    B has a standard deviation of 0.2, so that the adapter changes the logits by about as much as they are large:
-    left out, scaled wrongly or transposed, it shows.
+    With the default spread (standard deviations of A and B) the adapter changes a tiny model's logits by about as
+    much as they are large: left out, scaled wrongly or transposed, it shows.
     """
     model = open_base(base)
     rng = np.random.default_rng(seed)
@@ -26,8 +33,12 @@ def adapter_for(base: Path, folder: Path, *, rank: int = RANK, seed: int = 7) ->
         shape = model.tensors.info(name).shape
         if len(shape) == 2 and "_proj" in name:
             module = name.removesuffix(".weight")
-            tensors[f"{module}.lora_A"] = rng.normal(0, 0.3, (shape[0], rank)).astype("float32")
-            tensors[f"{module}.lora_B"] = rng.normal(0, 0.2, (rank, shape[1])).astype("float32")
+            tensors[f"{module}.lora_A"] = rng.normal(0, spread[0], (shape[0], rank)).astype(
+                "float32"
+            )
+            tensors[f"{module}.lora_B"] = rng.normal(0, spread[1], (rank, shape[1])).astype(
+                "float32"
+            )
     config = LoRAConfig(r=rank, lora_alpha=2 * rank, target_modules=[".*_proj"])
     write_adapter(folder, config, tensors)
     return folder

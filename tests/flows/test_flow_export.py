@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime as ort
 import pytest
 from flows_adapter import adapter_for
+from flows_loops import node_names, paddle_loop, plain_loop, session
 
 import peft_deploy
 from peft_deploy.base import open_base
@@ -33,56 +33,6 @@ FILES = {
 }
 
 
-def session(bundle: Path) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    return ort.InferenceSession(bundle / "model.onnx", options, ["CPUExecutionProvider"])
-
-
-def plain_loop(bundle: Path, prompt: list[int], steps: int) -> tuple[list[int], list[Any]]:
-    """Greedy tokens and the logits behind them, from nothing but onnxruntime and numpy."""
-    run = session(bundle)
-    cache = {
-        i.name: np.zeros([1 if isinstance(d, str) else d for d in i.shape], "float32")[:, :, :0]
-        for i in run.get_inputs()
-        if i.name.startswith("past")
-    }
-    new, tokens, logits = np.array([prompt]), [], []
-    for _ in range(steps):
-        past = next(iter(cache.values())).shape[2]
-        total = past + new.shape[1]
-        feeds = {
-            "input_ids": new,
-            "attention_mask": np.ones((1, total), "int64"),
-            "position_ids": np.arange(past, total)[None],
-            **cache,
-        }
-        out, *present = run.run(None, feeds)
-        cache = dict(zip(cache, present, strict=True))
-        logits.append(out[0, -1])
-        tokens.append(int(out[0, -1].argmax()))
-        new = np.array([[tokens[-1]]])
-    return tokens, logits
-
-
-def paddle_loop(model: Any, prompt: list[int], steps: int) -> tuple[list[int], list[Any]]:
-    """The same from the dynamic graph, without a cache."""
-    import paddle
-
-    ids, tokens, logits = list(prompt), [], []
-    for _ in range(steps):
-        with paddle.no_grad():
-            out = model(paddle.to_tensor([ids]), return_dict=True).logits.numpy()
-        logits.append(out[0, -1])
-        tokens.append(int(out[0, -1].argmax()))
-        ids.append(tokens[-1])
-    return tokens, logits
-
-
-def nodes(bundle: Path) -> list[tuple[str, str]]:
-    return [(n.name, n.op_type) for n in ir.load(bundle / "model.onnx").graph]
-
-
 def test_bundle_has_the_files_of_its_format(merged_bundle: Path) -> None:
     names = {p.name for p in merged_bundle.iterdir()}
     assert names >= FILES
@@ -103,7 +53,7 @@ def test_greedy_tokens_are_those_of_paddle_with_the_adapter_active(
 
 
 def test_merged_graph_is_the_base_models_own_graph(base_bundle: Path, merged_bundle: Path) -> None:
-    assert nodes(merged_bundle) == nodes(base_bundle)
+    assert node_names(merged_bundle) == node_names(base_bundle)
 
 
 def test_the_adapter_is_in_the_weights(base_bundle: Path, merged_bundle: Path) -> None:
