@@ -16,25 +16,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-
-MODELS = Path(__file__).resolve().parents[1] / "models"
-
-
-def load_recipe(name: str) -> ModuleType:
-    """The module models/NAME/make.py, whose folder name need not be an identifier."""
-    path = MODELS / name / "make.py"
-    spec = importlib.util.spec_from_file_location(f"make_{name.replace('-', '_')}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from model_recipes import load_recipe
 
 
 @pytest.fixture(scope="session")

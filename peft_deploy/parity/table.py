@@ -62,7 +62,7 @@ def _table(report: ParityReport) -> Table:
     table.add_column("case", no_wrap=True)
     for heading in ("outputs", "worst error", "limit", "top-1"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("verdict", no_wrap=True)
+    table.add_column("", no_wrap=True)
     grouped: dict[str, list[CaseResult]] = {}
     for case in report.cases:
         grouped.setdefault(case.group, []).append(case)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import load_recipe
+from model_recipes import load_recipe
 from safetensors import safe_open
 
 from peft_deploy.text import Tokenizer
