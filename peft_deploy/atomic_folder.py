@@ -70,6 +70,19 @@ class AtomicFolder:
     ) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
 
+    def require_space(self, size: int) -> None:
+        """Fails when the disk has not ``size`` bytes left, before any of them is written.
+
+        Raises:
+            OutputError: with what is needed and what is free.
+        """
+        free = shutil.disk_usage(self.path).free
+        if free < size:
+            raise OutputError(
+                f"no space left for {self.output}: it needs {size / 1e6:,.0f} MB, "
+                f"{free / 1e6:,.0f} MB are free"
+            )
+
     def write_text(self, name: str, text: str) -> None:
         """Writes a small file."""
         with disk_errors(self.output):

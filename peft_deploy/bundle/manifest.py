@@ -22,6 +22,7 @@ class Manifest:
 
     Args:
         format_version: version of this file's form; a reader refuses a newer one.
+        created: when, in UTC (ISO 8601).
         versions: package name → version of everything that took part.
         model_type: the family.
         architecture: PaddleNLP's class name.
@@ -37,6 +38,7 @@ class Manifest:
     """
 
     format_version: int = FORMAT_VERSION
+    created: str = ""
     versions: dict[str, str]
     model_type: str
     architecture: str

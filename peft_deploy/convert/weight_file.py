@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from peft_deploy.atomic_folder import disk_errors
 from peft_deploy.progress import Progress
 from peft_deploy.weights import Array, TensorSource, contiguous_blocks
 
@@ -40,15 +41,18 @@ class WeightFile:
 
     Args:
         path: the file, made anew.
+        output: the folder that the user named, for messages.
 
     Attributes:
         placements: name → where it lies.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, output: Path | None = None) -> None:
         self.path = path
+        self.output = output or path.parent
         self.placements: dict[str, Placement] = {}
-        self._file = path.open("wb")
+        with disk_errors(self.output):
+            self._file = path.open("wb")
         self._digest = hashlib.sha256()
         self._end = 0
 
@@ -61,7 +65,8 @@ class WeightFile:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._file.close()
+        with disk_errors(self.output):
+            self._file.close()
 
     @property
     def sha256(self) -> str:
@@ -72,7 +77,7 @@ class WeightFile:
         """Appends a tensor; its memory is free again afterwards.
 
         Raises:
-            OSError: the disk is full, or another reason of the operating system's.
+            OutputError: the disk is full, or another reason of the operating system's.
         """
         alignment = PAGE if tensor.nbytes >= PAGE else CACHE_LINE
         self._write(bytes(-self._end % alignment))
@@ -83,7 +88,8 @@ class WeightFile:
         self.placements[name] = Placement(tensor.dtype.name, tensor.shape, start, length)
 
     def _write(self, data: bytes | memoryview) -> None:
-        self._file.write(data)
+        with disk_errors(self.output):
+            self._file.write(data)
         self._digest.update(data)
         self._end += len(data)
 

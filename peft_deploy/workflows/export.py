@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from peft_deploy.bundle import (
     genai_config,
     special_token_ids,
 )
-from peft_deploy.bundle.folder import check_output, disk_errors
+from peft_deploy.bundle.folder import check_output
 from peft_deploy.config.export import ExportOptions
 from peft_deploy.convert import ConversionJob
 from peft_deploy.errors import ConfigError, ParityError
@@ -158,7 +159,8 @@ def _fill(
 
     tensors = source.merged(EXPORT_DTYPE)
     fingerprint = source.fingerprint()
-    with disk_errors(folder.output), WeightFile(folder.path / MODEL_DATA) as file:
+    folder.require_space(sum(tensors.info(name).nbytes for name in tensors.names()))
+    with WeightFile(folder.path / MODEL_DATA, folder.output) as file:
         stream_weights(tensors, file, clock)  # while the child traces
         converted = job.result(clock.phase)
         clock.phase("Finishing the graph")
@@ -193,6 +195,7 @@ def _manifest(
     graph: dict[str, Any],
 ) -> Manifest:
     return Manifest(
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         versions=_versions() | converted.versions,
         model_type=source.family.model_type,
         architecture=source.family.paddle_model,

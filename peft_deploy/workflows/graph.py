@@ -7,6 +7,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from peft_deploy.atomic_folder import disk_errors
 from peft_deploy.convert import (
     ConvertedGraph,
     WeightFile,
@@ -44,7 +45,8 @@ def finish_graph(
     add_tables(converted.constants, file)
     bind_weights(converted, file, lambda parameter: _initializer(names, parameter))
     counts = check_graph(converted.model, signature, opset)
-    ir.save(converted.model, path)
+    with disk_errors(file.output):
+        ir.save(converted.model, path)
     return {"operators": counts, "removed": removed}
 
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,6 @@ import peft_deploy
 from peft_deploy.adapters.formats import read_adapter, write_adapter
 from peft_deploy.cli import cli
 from peft_deploy.config.export import ExportOptions
-from peft_deploy.convert import WeightFile
 from peft_deploy.errors import (
     AdapterError,
     CheckpointError,
@@ -223,8 +223,24 @@ def test_no_space_left(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.Mon
     def full(*_arguments: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(WeightFile, "add", full)
+    opened = Path.open
+
+    def open_full(path: Path, *arguments: Any, **options: Any) -> Any:
+        file = opened(path, *arguments, **options)
+        return SimpleNamespace(write=full, close=file.close) if path.suffix == ".data" else file
+
+    monkeypatch.setattr(Path, "open", open_full)
     with pytest.raises(OutputError, match="no space left"):
+        peft_deploy.export(tiny_llama, tmp_path / "out", options=UNCHECKED)
+    assert nothing_left(tmp_path / "out")
+
+
+@pytest.mark.convert
+def test_a_disk_that_is_too_small_is_known_before_writing(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: SimpleNamespace(free=1000))
+    with pytest.raises(OutputError, match="0 MB are free"):
         peft_deploy.export(tiny_llama, tmp_path / "out", options=UNCHECKED)
     assert nothing_left(tmp_path / "out")
 
