@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +138,11 @@ class Provenance:
                 "these weights differ:\n" + listed(other),
                 stacklevel=3,
             )
+
+
+def without_samples(provenance: Provenance | None) -> Provenance | None:
+    """Without the samples of weights: those of a tensor-parallel rank are of its part of each."""
+    return None if provenance is None else replace(provenance, base_weights={})
 
 
 def sample_modules(modules: list[str]) -> list[str]:

@@ -109,7 +109,7 @@ def from_memory(model: nn.Layer, tokenizer: Path | None) -> ExportSource:
 
 
 def _tensors(inner: nn.Layer, adapted: LoRAModel | None, tied: dict[str, str]) -> MemoryTensors:
-    from peft_deploy.adapters.lora.arrays import to_array
+    from peft_deploy.adapters.arrays import to_array
     from peft_deploy.adapters.lora.trainable import is_branch
 
     if adapted is None:

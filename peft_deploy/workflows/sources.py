@@ -81,7 +81,7 @@ def from_folders(base: str | Path | BaseModel, adapter: str | Path | None) -> Ex
             the adapter already.
     """
     model = base if isinstance(base, BaseModel) else open_base(base)
-    named = None if adapter is None else read_named(str(adapter))
+    named = None if adapter is None else read_named(str(adapter), model.config)
     if named is not None:
         check_lineage(model, named.adapter)
 
@@ -111,8 +111,12 @@ def from_folders(base: str | Path | BaseModel, adapter: str | Path | None) -> Ex
     )
 
 
-def read_named(text: str) -> NamedAdapter:
+def read_named(text: str, model_config: Mapping[str, Any] | None = None) -> NamedAdapter:
     """The adapter in a folder, given as ``FOLDER`` or ``NAME=FOLDER``.
+
+    Args:
+        text: what was given.
+        model_config: the base model's config.json, by which the files of tensor-parallel ranks are put together.
 
     Raises:
         AdapterError: it cannot be read.
@@ -125,4 +129,4 @@ def read_named(text: str) -> NamedAdapter:
     name = name or path.resolve().name
     if not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
         raise ConfigError(f"the adapter name {name!r} may hold only letters, digits and . _ -")
-    return NamedAdapter(name, read_adapter(path))
+    return NamedAdapter(name, read_adapter(path, model_config=model_config))

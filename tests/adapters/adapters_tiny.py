@@ -9,7 +9,7 @@ import paddle
 from paddle import nn
 from paddlenlp import transformers
 
-from peft_deploy.adapters.lora.arrays import assign
+from peft_deploy.adapters.arrays import assign
 
 IDS = np.array([[3, 14, 15, 9, 26], [5, 35, 8, 9, 7]], np.int64)
 VOCABULARY = 67

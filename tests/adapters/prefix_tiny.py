@@ -13,7 +13,7 @@ from paddle import nn
 from paddlenlp import transformers
 from paddlenlp.peft import prefix as reference
 
-from peft_deploy.adapters.lora.arrays import assign
+from peft_deploy.adapters.arrays import assign
 from peft_deploy.adapters.prefix import PrefixConfig, PrefixModelForCausalLM
 
 P = 3

@@ -7,8 +7,8 @@ import paddle
 import pytest
 from paddle import nn
 
+from peft_deploy.adapters.arrays import assign, to_array
 from peft_deploy.adapters.lora import LoRALinear
-from peft_deploy.adapters.lora.arrays import assign, to_array
 from peft_deploy.errors import AdapterError
 
 IN, OUT, R, ALPHA = 16, 8, 4, 6

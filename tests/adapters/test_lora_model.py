@@ -8,6 +8,7 @@ import pytest
 from adapters_tiny import IDS, bits, fill_branches, logits, tiny_llama, tiny_model
 from paddle import nn
 
+from peft_deploy.adapters.arrays import to_array
 from peft_deploy.adapters.lora import (
     LoRAConfig,
     LoRAConv2D,
@@ -17,7 +18,6 @@ from peft_deploy.adapters.lora import (
     LoRAModel,
     mark_only_lora_as_trainable,
 )
-from peft_deploy.adapters.lora.arrays import to_array
 from peft_deploy.errors import AdapterError
 
 TARGETS = ["q_proj", ".*v_proj.*", "mlp.down_proj"]

@@ -5,8 +5,8 @@ import paddle
 import pytest
 from paddle import nn
 
+from peft_deploy.adapters.arrays import to_array
 from peft_deploy.adapters.lora import LoRAConv2D, LoRAEmbedding, LoRALayer, LoRAMergedLinear
-from peft_deploy.adapters.lora.arrays import to_array
 
 R, ALPHA = 3, 5
 SCALING = ALPHA / R

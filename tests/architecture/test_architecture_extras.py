@@ -20,8 +20,10 @@ SCRIPT = Path(__file__).with_name("blocked_imports.py")
 EXTRAS = ("paddle", "paddlenlp", "paddle2onnx", "onnxscript", "onnxruntime")
 # Everything below one of these needs Paddle, and nothing else does.
 NEED_PADDLE = (
+    "peft_deploy.adapters.arrays",
     "peft_deploy.adapters.lora",
     "peft_deploy.adapters.prefix",
+    "peft_deploy.adapters.wrapper",
     "peft_deploy.base.dygraph",
     "peft_deploy.families.standins",
     "peft_deploy.parity.reference",
@@ -71,8 +73,13 @@ def test_only_the_paddle_side_needs_paddle() -> None:
 
 
 def test_a_missing_paddle_is_said_in_a_sentence() -> None:
-    # The stand-ins and models in memory are only imported by modules that have said so already.
-    quiet = below("peft_deploy.families.standins", "peft_deploy.workflows.in_memory")
+    # These are only imported by modules that have said so already.
+    quiet = below(
+        "peft_deploy.adapters.arrays",
+        "peft_deploy.adapters.wrapper",
+        "peft_deploy.families.standins",
+        "peft_deploy.workflows.in_memory",
+    )
     for module, (error, text) in failures(*EXTRAS).items():
         if module not in quiet:
             assert error == "MissingExtraError", (module, text)

@@ -15,7 +15,7 @@ from peft_deploy.adapters.provenance import Provenance, WeightSample
 from peft_deploy.base import open_base
 from peft_deploy.cli import cli
 from peft_deploy.config import LoRAConfig
-from peft_deploy.errors import AdapterError, OutputError
+from peft_deploy.errors import AdapterError, OutputError, UnsupportedModelError
 from peft_deploy.families import parallel_axes
 from peft_deploy.weights.tensor_parallel import split_shards
 from peft_deploy.workflows.shards import merge_adapter_shards
@@ -76,10 +76,35 @@ def test_the_ranks_make_the_adapter(make_tiny_llama, tmp_path: Path, degree: int
     assert all(first[name].tobytes() == second[name].tobytes() for name in second)
 
 
-def test_ranks_cannot_be_used_as_they_are(ranks: Path) -> None:
-    with pytest.raises(AdapterError, match="pieces of single parallel ranks") as caught:
+def test_ranks_are_put_together_while_reading(ranks: Path, tuned: Path) -> None:
+    found, whole = read_adapter(ranks), read_adapter(tuned)
+    assert found.fingerprint == whole.fingerprint
+    assert found.config.tensor_parallel_degree == -1
+    assert found.provenance is not None and not found.provenance.base_weights
+
+
+def test_ranks_are_merged_into_a_base_directly(
+    ranks: Path, tuned: Path, tiny_llama: Path, tmp_path: Path
+) -> None:
+    (ranks / "config.json").unlink()  # the base model's own says how it is spread
+    with pytest.raises(AdapterError, match=r"config\.json is missing") as caught:
         read_adapter(ranks)
     assert caught.value.hint is not None and "adapter merge-shards" in caught.value.hint
+    for name, adapter in (("ranks", ranks), ("whole", tuned)):
+        peft_deploy.merge(tiny_llama, adapter, tmp_path / f"merged-{name}")
+    first, second = (stored(tmp_path / f"merged-{name}")[0] for name in ("ranks", "whole"))
+    base = stored(tiny_llama)[0]
+    assert all(first[name].tobytes() == second[name].tobytes() for name in second)
+    assert sum(first[name].tobytes() != base[name].tobytes() for name in base) == 14
+
+
+def test_ranks_of_a_model_that_no_family_claims(ranks: Path) -> None:
+    content = json.loads((ranks / "config.json").read_text())
+    content.update(model_type="unheard_of", architectures=["UnheardOfForCausalLM"])
+    (ranks / "config.json").write_text(json.dumps(content))
+    with pytest.raises(UnsupportedModelError, match="2 tensor-parallel ranks") as caught:
+        read_adapter(ranks)
+    assert caught.value.hint is not None and "merge_tensor_parallel=True" in caught.value.hint
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,8 @@ PREFIX_WEIGHT_FILES = (
     PREFIX_WEIGHTS_NAME,
 )
 _RANK_FILE = re.compile(r"prefix_model_state\.(?:\w+_)?(?:tp|pp)\d+.*\.pdparams")
+# A prefix's columns mean something else on the ranks than they mean on a single card.
+_RANKS_HINT = "train it again with tensor_parallel_degree 1"
 EMBEDDING = "0.weight"
 PROJECTION = ("1.weight", "1.bias", "3.weight", "3.bias")
 _NEEDED = ("num_prefix_tokens", "num_hidden_layers", "num_attention_heads")
@@ -188,7 +190,7 @@ def read_prefix(
             )
         config = PrefixConfig.from_pretrained(path)
     names = [with_variant(name, variant) for name in PREFIX_WEIGHT_FILES]
-    state = read_state(find_state_file(path, names, _RANK_FILE))
+    state = read_state(find_state_file(path, names, _RANK_FILE, _RANKS_HINT))
     prefix = PrefixAdapter(path, config, state, Provenance.load(path))
     caches = path / PRE_CACHES_NAME
     if variant is None and caches.is_file():

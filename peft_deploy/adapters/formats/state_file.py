@@ -27,13 +27,14 @@ def with_variant(name: str, variant: str | None) -> str:
     return f"{stem}.{variant}.{extension}" if variant else name
 
 
-def find_state_file(folder: Path, names: Sequence[str], ranks: re.Pattern[str]) -> Path:
+def find_state_file(folder: Path, names: Sequence[str], ranks: re.Pattern[str], hint: str) -> Path:
     """The one file of weights in an adapter's folder.
 
     Args:
         folder: to look into.
         names: what the file may be called; an index and its only shard may both be there.
         ranks: matches the names of files that hold the part of a single parallel rank.
+        hint: what to do with files of single ranks.
 
     Raises:
         AdapterError: there is none, more than one, or only parts of single ranks.
@@ -51,7 +52,7 @@ def find_state_file(folder: Path, names: Sequence[str], ranks: re.Pattern[str]) 
     if parts:
         raise AdapterError(
             f"{folder} holds the adapter in pieces of single parallel ranks:\n{listed(parts)}",
-            hint="save it with merge_tensor_parallel=True",
+            hint=hint,
         )
     raise AdapterError(f"{folder} has no adapter weights. Looked for:\n{listed(names)}")
 

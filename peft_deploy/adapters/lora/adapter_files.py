@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import paddle
 from paddle import nn
 
+from peft_deploy.adapters.arrays import to_array
 from peft_deploy.adapters.formats import read_adapter, write_adapter
-from peft_deploy.adapters.lora.arrays import to_array
 from peft_deploy.adapters.lora.attachment import Attachment
 from peft_deploy.adapters.lora.loading import base_matrix, load_into
 from peft_deploy.adapters.provenance import Provenance, WeightSample, sample_modules

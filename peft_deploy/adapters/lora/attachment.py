@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import paddle
 from paddle import nn
 
-from peft_deploy.adapters.lora.arrays import assign, to_array
+from peft_deploy.adapters.arrays import assign, to_array
 from peft_deploy.adapters.lora.dispatch import make_lora_layer
 from peft_deploy.adapters.lora.layer import LoRALayer
 from peft_deploy.adapters.lora.targets import Place, all_places, find_targets, module_at

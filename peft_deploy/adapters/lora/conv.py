@@ -9,7 +9,7 @@ import paddle
 from paddle import nn
 from paddle.nn import functional
 
-from peft_deploy.adapters.lora.arrays import to_array
+from peft_deploy.adapters.arrays import to_array
 from peft_deploy.adapters.lora.layer import LoRALayer, check_rank
 from peft_deploy.adapters.lora.linear import add_branch, adopt, kaiming_uniform, zeros
 from peft_deploy.weights.lora import LoraPair

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from paddle import nn
 
-from peft_deploy.adapters.lora.arrays import assign, to_array
+from peft_deploy.adapters.arrays import assign, to_array
 from peft_deploy.adapters.pissa import principal_split
 from peft_deploy.config import LoRAConfigError
 from peft_deploy.errors import AdapterError

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 
 import paddle
 
+from peft_deploy.adapters.arrays import assign
 from peft_deploy.adapters.formats import Adapter
-from peft_deploy.adapters.lora.arrays import assign
 from peft_deploy.adapters.lora.attachment import Attachment
 from peft_deploy.adapters.lora.trainable import is_branch, named_parameters
 from peft_deploy.errors import AdapterError, listed

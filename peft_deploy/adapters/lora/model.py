@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import paddle
 from paddle import nn
 
+from peft_deploy.adapters.arrays import to_tensor
 from peft_deploy.adapters.lora.adapter_files import AdapterFolders
-from peft_deploy.adapters.lora.arrays import to_tensor
 from peft_deploy.adapters.lora.attachment import Attachment, for_model
 from peft_deploy.adapters.lora.named_adapters import NamedAdapters
 from peft_deploy.adapters.lora.state import load_state
@@ -19,13 +20,21 @@ from peft_deploy.adapters.lora.trainable import (
     is_branch,
     named_parameters,
 )
+from peft_deploy.adapters.wrapper import ModelWrapper
 from peft_deploy.config import LoRAConfig, LoRAConfigTypeError
 from peft_deploy.errors import AdapterError
 
 DEFAULT_ADAPTER = "default"
+_REFUSED = MappingProxyType(
+    {
+        "get_lora_model": "LoRAModel(model, lora_config) puts the layers into the model",
+        "add_lora_split_mapping": "which tensors are spread over ranks follows from the layers",
+        "save_to_aistudio": "save_pretrained() the adapter, and upload the folder",
+    }
+)
 
 
-class LoRAModel(AdapterFolders, NamedAdapters, nn.Layer):  # type: ignore[misc]
+class LoRAModel(AdapterFolders, NamedAdapters, ModelWrapper):
     """A model whose linear layers have got LoRA branches; everything else of it is forwarded.
 
     The layers are replaced inside the model that is passed in; :meth:`restore_original_model`
@@ -47,6 +56,8 @@ class LoRAModel(AdapterFolders, NamedAdapters, nn.Layer):  # type: ignore[misc]
         '0.lora_B']
     """
 
+    counterpart = ("paddlenlp.peft.lora", "LoRAModel")
+    refused = _REFUSED
     quantized = False  # what PaddleNLP's Trainer asks of a LoRA model
     is_pipelinemodel = False
 
@@ -86,25 +97,25 @@ class LoRAModel(AdapterFolders, NamedAdapters, nn.Layer):  # type: ignore[misc]
         """
         freeze_all_but(self.model, self._attachment.extras)
 
-    def print_trainable_parameters(self) -> None:
-        """Prints how many of the model's parameters are trained."""
-        unique = {id(p): p for p in named_parameters(self.model).values()}.values()
-        trainable = sum(p.size for p in unique if not p.stop_gradient)
-        total = sum(p.size for p in unique)
-        share = trainable / total if total else 0.0
-        # The one thing here that prints: the specification's name for it promises that.
-        print(  # noqa: T201
-            f"Frozen parameters: {total - trainable:.2e} || "
-            f"Trainable parameters:{trainable:.2e} || "
-            f"Total parameters:{total:.2e}|| Trainable:{share:.2%}"
-        )
-
-    def get_trainable_state_dict(self) -> OrderedDict[str, paddle.Tensor]:
+    def get_trainable_state_dict(
+        self, concat_init_lora: bool = False
+    ) -> OrderedDict[str, paddle.Tensor]:
         """What belongs to the active adapter, by name without a prefix for this wrapper: A, B and
         whole tensors.
 
         Independent of whether the adapter is merged or disabled at the moment.
+
+        Args:
+            concat_init_lora: the file format of LoRA-GA, which is not supported.
+
+        Raises:
+            AdapterError: ``concat_init_lora`` is on.
         """
+        if concat_init_lora:
+            raise AdapterError(
+                "concat_init_lora is the file format of LoRA-GA, which is not supported",
+                hint="leave it out",
+            )
         kept = self._attachment.extra_values()
         state: OrderedDict[str, paddle.Tensor] = OrderedDict()
         for name, parameter in self.model.state_dict().items():
@@ -198,15 +209,6 @@ class LoRAModel(AdapterFolders, NamedAdapters, nn.Layer):  # type: ignore[misc]
                 hint="wrap the model again",
             )
         return self._adapters[self._active]
-
-    def __getattr__(self, name: str) -> Any:
-        """What this wrapper has not, the model has: ``generate``, ``config``, ``to_static``."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "model":  # not there yet: while being copied
-                raise
-            return getattr(self.model, name)
 
 
 def _in_order(first: Any, second: Any) -> tuple[nn.Layer, LoRAConfig]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import paddle
 
-from peft_deploy.adapters.lora.arrays import assign, dtype_name, to_array
+from peft_deploy.adapters.arrays import assign, dtype_name, to_array
 from peft_deploy.adapters.lora.attachment import Attachment
 from peft_deploy.adapters.lora.loading import branch_parameters
 from peft_deploy.errors import AdapterError, listed

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from peft_deploy.adapters.arrays import to_array
 from peft_deploy.adapters.formats.adapter import Adapter
 from peft_deploy.adapters.formats.pairs import build_pairs
-from peft_deploy.adapters.lora.arrays import to_array
 from peft_deploy.adapters.lora.model import LoRAModel
 from peft_deploy.weights import Array
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,8 +11,8 @@ from typing import Any
 import paddle
 from paddle import nn
 
+from peft_deploy.adapters.arrays import dtype_name
 from peft_deploy.adapters.formats.prefix import read_prefix
-from peft_deploy.adapters.lora.arrays import dtype_name
 from peft_deploy.adapters.prefix.encoder import build_encoder, past_split
 from peft_deploy.adapters.prefix.errors import PrefixInputError, UnsupportedPrefixModelError
 from peft_deploy.adapters.prefix.generation import generation_view, token_mask
@@ -22,11 +21,12 @@ from peft_deploy.adapters.prefix.postprocess import Postprocess, postprocess_for
 from peft_deploy.adapters.prefix.prefix_files import load_into, save_prefix
 from peft_deploy.adapters.prefix.sizes import resolve_config
 from peft_deploy.adapters.prefix.state import load_state
+from peft_deploy.adapters.wrapper import ModelWrapper
 from peft_deploy.config import PrefixConfig, PrefixConfigError
 from peft_deploy.families import known_past_rules
 
 
-class PrefixModelForCausalLM(nn.Layer):  # type: ignore[misc]
+class PrefixModelForCausalLM(ModelWrapper):
     """A causal language model with P prefix tokens in front of everything it reads.
 
     The prefix is P keys and values for every layer, made by a small encoder, and given to the model
@@ -54,6 +54,8 @@ class PrefixModelForCausalLM(nn.Layer):  # type: ignore[misc]
         >>> model.prefix_encoder[0].weight.shape  # doctest: +SKIP
         [8, 2048]
     """
+
+    counterpart = ("paddlenlp.peft.prefix", "PrefixModelForCausalLM")
 
     def __init__(
         self,
@@ -190,18 +192,6 @@ class PrefixModelForCausalLM(nn.Layer):  # type: ignore[misc]
         for parameter in self.prefix_encoder.parameters():
             parameter.stop_gradient = False
 
-    def print_trainable_parameters(self) -> None:
-        """Prints how many of the parameters of model and prefix are trained."""
-        parameters = {id(p): p for p in self.parameters()}.values()
-        trainable = sum(p.size for p in parameters if not p.stop_gradient)
-        total = sum(p.size for p in parameters)
-        # The one thing here that prints: the specification's name for it promises that.
-        print(  # noqa: T201
-            f"Frozen parameters: {total - trainable:.2e} || "
-            f"Trainable parameters:{trainable:.2e} || "
-            f"Total parameters:{total:.2e}|| Trainable:{trainable / total:.2%}"
-        )
-
     def get_trainable_state_dict(self) -> OrderedDict[str, paddle.Tensor]:
         """The encoder's parameters under the names of the file."""
         return OrderedDict(self.prefix_encoder.state_dict())
@@ -254,16 +244,6 @@ class PrefixModelForCausalLM(nn.Layer):  # type: ignore[misc]
         if main:  # every data-parallel rank holds the same prefix
             save_prefix(self, Path(save_directory), variant)
 
-    def train(self, mode: bool = True) -> PrefixModelForCausalLM:
-        """Training mode."""
-        super().train(mode)
-        return self
-
-    def eval(self) -> PrefixModelForCausalLM:
-        """Evaluation mode."""
-        super().eval()
-        return self
-
     def _get_past_key_values(self, batch_size: int) -> Any:
         """The prefix as the model takes it, for every row of a batch."""
         tokens = self.prefix_tokens.unsqueeze(0).expand([batch_size, -1])
@@ -307,24 +287,6 @@ class PrefixModelForCausalLM(nn.Layer):  # type: ignore[misc]
         past = inputs.pop(self._inputs.past_argument, None)
         inputs.update(self._with_prefix(list(inputs["input_ids"].shape), mask, past))
         return inputs
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> Any:
-        """PaddleNLP's own class once that is loaded, for ``isinstance``.
-
-        Its Trainer asks this way whether to save the prefix only, and how to load it again.
-        """
-        loaded = sys.modules.get("paddlenlp.peft.prefix")
-        return getattr(loaded, "PrefixModelForCausalLM", type(self))
-
-    def __getattr__(self, name: str) -> Any:
-        """What this wrapper has not, the model has: ``config``, ``resize_token_embeddings``."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "model":  # not there yet: while being copied
-                raise
-            return getattr(self.model, name)
 
 
 PrefixModel = PrefixModelForCausalLM

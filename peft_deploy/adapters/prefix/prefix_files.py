@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import paddle
 
+from peft_deploy.adapters.arrays import assign, to_array
 from peft_deploy.adapters.formats.prefix import PrefixAdapter, write_prefix
-from peft_deploy.adapters.lora.arrays import assign, to_array
 from peft_deploy.adapters.provenance import ROUNDING, Provenance, WeightSample, sample_modules
 from peft_deploy.errors import AdapterError, listed
 

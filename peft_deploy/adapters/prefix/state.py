@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import paddle
 
-from peft_deploy.adapters.lora.arrays import assign, dtype_name, to_array
+from peft_deploy.adapters.arrays import assign, dtype_name, to_array
 from peft_deploy.errors import AdapterError, listed
 from peft_deploy.weights.source import DTYPES, Array
 

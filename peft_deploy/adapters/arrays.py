@@ -1,4 +1,4 @@
-"""Paddle tensors as numpy arrays and back, bfloat16 included."""
+"""Paddle tensors as numpy arrays and back, bfloat16 included. Needs Paddle."""
 
 from __future__ import annotations
 
