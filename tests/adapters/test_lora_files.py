@@ -329,10 +329,3 @@ def test_provenance_that_cannot_be_read(saved: Path, text: str) -> None:
     (saved / PROVENANCE_NAME).write_text(text)
     with pytest.raises(AdapterError, match=PROVENANCE_NAME):
         LoRAModel.from_pretrained(tiny_llama(), saved)
-
-
-def test_parallel_ranks_are_not_merged_silently(tmp_path: Path) -> None:
-    base = tiny_llama()
-    base.config.tensor_parallel_degree = 2
-    with pytest.raises(AdapterError, match="merge_tensor_parallel"):
-        wrap(base).save_pretrained(tmp_path, merge_tensor_parallel=True)

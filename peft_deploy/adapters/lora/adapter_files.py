@@ -6,6 +6,7 @@ import copy
 import os
 import tempfile
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +14,26 @@ import paddle
 from paddle import nn
 
 from peft_deploy.adapters.arrays import to_array
-from peft_deploy.adapters.formats import read_adapter, write_adapter
+from peft_deploy.adapters.formats import write_adapter
+from peft_deploy.adapters.formats.ranks import SINGLE_RANK
 from peft_deploy.adapters.lora.attachment import Attachment
 from peft_deploy.adapters.lora.loading import base_matrix, load_into
-from peft_deploy.adapters.provenance import Provenance, WeightSample, sample_modules
+from peft_deploy.adapters.lora.ranks import (
+    degree_of,
+    gather,
+    rank_of,
+    rank_variant,
+    read_for,
+    without_rank,
+)
+from peft_deploy.adapters.provenance import (
+    Provenance,
+    WeightSample,
+    sample_modules,
+)
 from peft_deploy.config import LoRAConfig
 from peft_deploy.config.json_file import make_folder
-from peft_deploy.errors import AdapterError, OutputError
+from peft_deploy.errors import OutputError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -43,7 +57,8 @@ class AdapterFolders:
 
         Args:
             model: the base model that the adapter was trained on.
-            lora_path: the folder that :meth:`save_pretrained` or the reference wrote.
+            lora_path: the folder that :meth:`save_pretrained` or the reference wrote, on one card
+                or on any number of tensor-parallel ranks.
             lora_config: in place of the folder's ``lora_config.json``.
             kwargs: ``variant`` as given to :meth:`save_pretrained`.
 
@@ -51,7 +66,7 @@ class AdapterFolders:
             AdapterError: files missing or damaged, or keys missing, unexpected or mis-shaped. The
                 model is as it was before.
         """
-        adapter = read_adapter(Path(lora_path), lora_config, kwargs.get("variant"))
+        adapter = read_for(model, Path(lora_path), lora_config, kwargs.get("variant"))
         instance = cls.__new__(cls)
         nn.Layer.__init__(instance)
         instance._start(model, adapter.config, quiet=True)
@@ -81,7 +96,9 @@ class AdapterFolders:
 
         Args:
             save_directory: made when it is missing.
-            merge_tensor_parallel: only False works with more than one tensor-parallel rank.
+            merge_tensor_parallel: for a model that is spread over tensor-parallel ranks, whether
+                rank 0 writes the whole adapter, gathered from all ranks, which have to call this
+                together; otherwise each writes its part to ``lora_model_state.tp00.pdparams``, ….
             variant: stands before the extension of the weight file.
             is_main_process: whether this process writes the configurations; rank 0 when None.
             save_model_config: whether ``config.json`` is written.
@@ -89,7 +106,7 @@ class AdapterFolders:
 
         Raises:
             OutputError: the folder cannot be written.
-            AdapterError: merging the ranks of a tensor-parallel model was asked for.
+            AdapterError: the ranks cannot be gathered, or hold what does not belong together.
         """
         main = paddle.distributed.get_rank() == 0 if is_main_process is None else is_main_process
         save_adapter(
@@ -130,20 +147,23 @@ def save_adapter(
 
     Raises:
         OutputError: the folder cannot be written.
-        AdapterError: merging the ranks of a tensor-parallel model was asked for.
+        AdapterError: the ranks cannot be gathered, or hold what does not belong together.
     """
-    config = model._attachment.config
-    if config.tensor_parallel_degree > 1:
-        if merge_tensor_parallel:
-            raise AdapterError(
-                "merge_tensor_parallel with "
-                f"tensor_parallel_degree {config.tensor_parallel_degree} is not supported",
-                hint="save every rank with merge_tensor_parallel=False",
-            )
-        variant = variant or _rank_suffix()
-    if not is_main_process and config.tensor_parallel_degree <= 1 and variant is None:
+    attachment: Attachment = model._attachment
+    config, spread = attachment.config, degree_of(model.model) > 1
+    if not spread and not is_main_process and variant is None:
         return  # every data-parallel rank holds the same adapter
     tensors = {name: to_array(t) for name, t in model.get_trainable_state_dict().items()}
+    if spread and merge_tensor_parallel:
+        tensors = gather(attachment, tensors)
+        if not is_main_process or rank_of(model.model) > 0:
+            return
+        variant, config = (
+            without_rank(variant),
+            replace(config, tensor_parallel_degree=SINGLE_RANK),
+        )
+    elif spread:
+        variant = variant or rank_variant(model.model)
     write_adapter(folder, config, tensors, provenance_of(model), variant)
     model_config = getattr(model.model, "config", None)
     if is_main_process and save_model_config and hasattr(model_config, "save_pretrained"):
@@ -154,7 +174,9 @@ def provenance_of(model: AdapterFolders) -> Provenance:
     """Where the active adapter comes from."""
     attachment: Attachment = model._attachment
     samples = {}
-    for name in sample_modules(list(attachment.adapted)):
+    # a rank's weights are parts of the base's, whose samples would be those of another model
+    names = [] if degree_of(model.model) > 1 else list(attachment.adapted)
+    for name in sample_modules(names):
         weight = base_matrix(attachment, name)
         if weight is not None:
             samples[name] = WeightSample.of(weight)
@@ -178,9 +200,3 @@ def _save_model_config(config: object, folder: Path, merge_tensor_parallel: bool
                 file.replace(folder / file.name)
     except OSError as exc:
         raise OutputError(f"config.json cannot be written to {folder}: {exc}") from exc
-
-
-def _rank_suffix() -> str:
-    from paddlenlp.transformers.utils import weight_name_suffix
-
-    return str(weight_name_suffix())

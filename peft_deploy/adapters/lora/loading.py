@@ -11,6 +11,7 @@ import paddle
 from peft_deploy.adapters.arrays import assign
 from peft_deploy.adapters.formats import Adapter
 from peft_deploy.adapters.lora.attachment import Attachment
+from peft_deploy.adapters.lora.ranks import for_this_rank
 from peft_deploy.adapters.lora.trainable import is_branch, named_parameters
 from peft_deploy.errors import AdapterError, listed
 from peft_deploy.weights.source import Array
@@ -30,7 +31,7 @@ def load_into(attachment: Attachment, adapter: Adapter, *, check_base: bool = Tr
 
     Args:
         attachment: where to; unmerged.
-        adapter: what was read.
+        adapter: what was read; of a whole one, a model that is spread over ranks takes its part.
         check_base: whether to compare the base model's weights with those that the adapter was
             trained on.
 
@@ -38,6 +39,7 @@ def load_into(attachment: Attachment, adapter: Adapter, *, check_base: bool = Tr
         AdapterError: keys are missing, unexpected or of another shape; all of them are listed.
             Nothing has been changed then.
     """
+    adapter = for_this_rank(attachment, adapter)
     branches = branch_parameters(attachment)
     base = {n: p for n, p in named_parameters(attachment.model).items() if not is_branch(n)}
     _check_keys(adapter, branches, attachment.extras, base)

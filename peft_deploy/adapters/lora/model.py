@@ -14,6 +14,7 @@ from peft_deploy.adapters.arrays import to_tensor
 from peft_deploy.adapters.lora.adapter_files import AdapterFolders
 from peft_deploy.adapters.lora.attachment import Attachment, for_model
 from peft_deploy.adapters.lora.named_adapters import NamedAdapters
+from peft_deploy.adapters.lora.ranks import split
 from peft_deploy.adapters.lora.state import load_state
 from peft_deploy.adapters.lora.trainable import (
     freeze_all_but,
@@ -200,6 +201,10 @@ class LoRAModel(AdapterFolders, NamedAdapters, ModelWrapper):
         if self.lora_config.merge_weights and not self._attachment.disabled:
             self.merge()
         return self
+
+    def _convert_tensor_parallel(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+        """This rank's part of a whole adapter; PaddleNLP's Trainer calls it to resume."""
+        return split(self._attachment, state_dict)
 
     @property
     def _attachment(self) -> Attachment:

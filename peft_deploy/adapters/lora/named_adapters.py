@@ -7,9 +7,9 @@ from pathlib import Path
 
 from paddle import nn
 
-from peft_deploy.adapters.formats import read_adapter
 from peft_deploy.adapters.lora.attachment import Attachment, for_model
 from peft_deploy.adapters.lora.loading import load_into
+from peft_deploy.adapters.lora.ranks import read_for
 from peft_deploy.config import LoRAConfig
 from peft_deploy.errors import AdapterError
 
@@ -57,7 +57,7 @@ class NamedAdapters:
                 f"there is an adapter {name!r} already",
                 hint="delete_adapter() it, or use another name",
             )
-        adapter = read_adapter(Path(path), lora_config)
+        adapter = read_for(self.model, Path(path), lora_config)
         current = self._adapters[self._active]
         config = for_model(adapter.config, self.model)
         merged = current.merged
