@@ -52,6 +52,7 @@ _REFUSED = {
     "fuse_attention_ffn": "fused gate/up weights",
     "use_long_sequence_strategies": "PaddleNLP's long-sequence strategies",
 }
+_ROPE_PARAMETERS = "rope_parameters"  # where transformers 5 keeps theta and scaling together
 
 
 @register
@@ -92,6 +93,7 @@ class Llama(DecoderFamily):
 
     def paddle_arguments(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """See :meth:`DecoderFamily.paddle_arguments`."""
+        config = _with_rope(config)
         for key, feature in _REFUSED.items():
             if config.get(key):
                 raise UnsupportedModelError(
@@ -117,6 +119,7 @@ class Llama(DecoderFamily):
 
     def dims(self, config: Mapping[str, Any]) -> DecoderDims:
         """See :meth:`DecoderFamily.dims`."""
+        config = _with_rope(config)
         heads = config["num_attention_heads"]
         scaling = _rope_arguments(config)
         stretch = scaling.get("rope_scaling_factor", 1.0)
@@ -132,6 +135,7 @@ class Llama(DecoderFamily):
 
     def huggingface_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """See :meth:`DecoderFamily.huggingface_config`."""
+        config = _with_rope(config)
         dims = self.dims(config)
         shared = {key: config[key] for key in _SHARED_KEYS if key in config}
         rope = _rope_arguments(config)
@@ -154,6 +158,29 @@ class Llama(DecoderFamily):
         from peft_deploy.families.standins.llama import LlamaStandIn
 
         return LlamaStandIn(model)
+
+
+def _with_rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The configuration with ``rope_parameters`` of transformers 5 spelled as its earlier releases did.
+
+    Raises:
+        UnsupportedModelError: only a part of each head is rotated, or the entry is no object.
+    """
+    rope = config.get(_ROPE_PARAMETERS) or {}
+    if not isinstance(rope, Mapping):
+        raise UnsupportedModelError(
+            f"config.json sets {_ROPE_PARAMETERS} to {rope!r}; it must be an object"
+        )
+    partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if partial not in (None, 1, 1.0):
+        raise UnsupportedModelError(
+            f"config.json sets partial_rotary_factor to {partial}; PaddleNLP's Llama rotates whole heads"
+        )
+    if not rope:
+        return config
+    scaling = {k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")}
+    theta = {"rope_theta": rope["rope_theta"]} if rope.get("rope_theta") is not None else {}
+    return {**config, **theta, "rope_scaling": scaling or config.get("rope_scaling")}
 
 
 def _rope_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
