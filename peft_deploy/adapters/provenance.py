@@ -140,6 +140,18 @@ class Provenance:
             )
 
 
+def describe(provenance: Provenance | None) -> dict[str, Any] | None:
+    """What is worth telling a reader of it."""
+    if provenance is None:
+        return None
+    return {
+        "base_fingerprint": provenance.base_fingerprint,
+        "sampled_modules": len(provenance.base_weights),
+        "saved_while_merged": provenance.merged,
+        "principal_start": provenance.principal_start,
+    }
+
+
 def without_samples(provenance: Provenance | None) -> Provenance | None:
     """Without the samples of weights: those of a tensor-parallel rank are of its part of each."""
     return None if provenance is None else replace(provenance, base_weights={})

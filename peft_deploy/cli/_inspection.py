@@ -18,6 +18,7 @@ from peft_deploy.inspection import (
     BundleInspection,
     CheckpointInspection,
     FileSize,
+    PrefixInspection,
     TensorTotals,
 )
 from peft_deploy.signature import TensorSpec, past_names, present_names
@@ -37,13 +38,15 @@ Rows = list[tuple[str, str | Text]]
 
 
 def render(
-    found: CheckpointInspection | AdapterInspection | BundleInspection,
+    found: CheckpointInspection | AdapterInspection | PrefixInspection | BundleInspection,
 ) -> RenderableType:
     """The facts as lines of a label and a value."""
     if isinstance(found, BundleInspection):
         return _bundle(found)
     if isinstance(found, AdapterInspection):
         return _adapter(found)
+    if isinstance(found, PrefixInspection):
+        return _prefix(found)
     return _checkpoint(found)
 
 
@@ -121,6 +124,30 @@ def _adapter(found: AdapterInspection) -> RenderableType:
         more = len(found.replaced) - _SHOWN
         rows.append(("replaced", "\n".join(shown + ([f"and {more} more"] if more > 0 else []))))
     return _sheet("adapter", found.path, rows, _targets(found))
+
+
+def _prefix(found: PrefixInspection) -> RenderableType:
+    width = "" if found.projection_size is None else f" of width {found.projection_size}"
+    caches = "compared with the weights" if found.pre_caches else "not there"
+    rows: Rows = [
+        ("method", f"{found.method}{width}, {found.num_tokens} prefix tokens"),
+        ("dropout", f"{found.dropout:g} in training"),
+        (
+            "for models of",
+            f"{found.num_layers} layers, {found.num_kv_heads} key and value heads of "
+            f"{found.head_dim}",
+        ),
+        ("values", _parameters(found.stored) + ", all finite"),
+        (
+            "keys and values",
+            f"norm {found.norm:.4g}, {decimal(found.cache_bytes)} in a cache; "
+            f"pre_caches.npy {caches}",
+        ),
+        ("files", _sizes("", found.files)),
+        ("fingerprint", found.fingerprint[:_SHORT]),
+        ("provenance", _provenance(found.provenance)),
+    ]
+    return _sheet("prefix", found.path, rows)
 
 
 def _change(found: AdapterInspection) -> Text:

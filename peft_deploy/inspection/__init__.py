@@ -8,6 +8,7 @@ from peft_deploy.inspection.adapter import AdapterInspection, TargetGroup, inspe
 from peft_deploy.inspection.bundle import BundleFile, BundleInspection, inspect_bundle
 from peft_deploy.inspection.checkpoint import CheckpointInspection, inspect_checkpoint
 from peft_deploy.inspection.kinds import Kind, inspect, kind_of
+from peft_deploy.inspection.prefix import PrefixInspection, inspect_prefix
 from peft_deploy.inspection.tensors import FileSize, TensorTotals
 
 __all__ = [
@@ -17,11 +18,13 @@ __all__ = [
     "CheckpointInspection",
     "FileSize",
     "Kind",
+    "PrefixInspection",
     "TargetGroup",
     "TensorTotals",
     "inspect",
     "inspect_adapter",
     "inspect_bundle",
     "inspect_checkpoint",
+    "inspect_prefix",
     "kind_of",
 ]

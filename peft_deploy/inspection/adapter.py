@@ -13,8 +13,10 @@ import numpy as np
 
 from peft_deploy.adapters.formats import Adapter, read_adapter
 from peft_deploy.adapters.formats.paddlenlp import WEIGHT_FILES
-from peft_deploy.inspection.tensors import FileSize, TensorTotals, file_sizes
-from peft_deploy.weights import Array, LoraPair, TensorInfo
+from peft_deploy.adapters.formats.ranks import RANK_FILE
+from peft_deploy.adapters.provenance import describe
+from peft_deploy.inspection.tensors import FileSize, TensorTotals, file_sizes, info_of
+from peft_deploy.weights import LoraPair, TensorInfo
 
 
 @dataclass(frozen=True)
@@ -130,12 +132,12 @@ def inspect_adapter(folder: Path) -> AdapterInspection:
         trainable_modules=tuple(config.trainable_patterns),
         trainable_bias=config.trainable_bias,
         targets=_groups(adapter, norms),
-        replaced=tuple(_info(name, array) for name, array in adapter.replacements.items()),
-        stored=TensorTotals.of(_info(name, array) for name, array in adapter.state.items()),
+        replaced=tuple(info_of(name, array) for name, array in adapter.replacements.items()),
+        stored=TensorTotals.of(info_of(name, array) for name, array in adapter.state.items()),
         files=file_sizes(_files(folder), folder),
         norm=math.sqrt(sum(norm * norm for norm in norms.values())),
         fingerprint=adapter.fingerprint,
-        provenance=_provenance(adapter),
+        provenance=describe(adapter.provenance),
     )
 
 
@@ -171,25 +173,12 @@ def _groups(adapter: Adapter, norms: Mapping[str, float]) -> tuple[TargetGroup, 
     )
 
 
-def _info(name: str, array: Array) -> TensorInfo:
-    return TensorInfo(name, array.dtype.name, tuple(int(n) for n in array.shape))
-
-
 def _files(folder: Path) -> list[Path]:
     """Configuration and weights; a training's other files in the folder are none of the adapter's."""
     ours = (".json", ".safetensors")
     return sorted(
-        p for p in folder.iterdir() if p.is_file() and (p.name in WEIGHT_FILES or p.suffix in ours)
+        p
+        for p in folder.iterdir()
+        if p.is_file()
+        and (p.name in WEIGHT_FILES or p.suffix in ours or RANK_FILE.fullmatch(p.name))
     )
-
-
-def _provenance(adapter: Adapter) -> dict[str, Any] | None:
-    found = adapter.provenance
-    if found is None:
-        return None
-    return {
-        "base_fingerprint": found.base_fingerprint,
-        "sampled_modules": len(found.base_weights),
-        "saved_while_merged": found.merged,
-        "principal_start": found.principal_start,
-    }

@@ -6,13 +6,15 @@ from enum import Enum
 from pathlib import Path
 
 from peft_deploy.adapters.formats.paddlenlp import WEIGHT_FILES as ADAPTER_WEIGHTS
+from peft_deploy.adapters.formats.prefix import PREFIX_WEIGHTS_NAME
 from peft_deploy.base.folder import CONFIG
 from peft_deploy.bundle import MANIFEST, MODEL
-from peft_deploy.config import LORA_CONFIG_NAME
+from peft_deploy.config import LORA_CONFIG_NAME, PREFIX_CONFIG_NAME
 from peft_deploy.errors import CheckpointError, listed
 from peft_deploy.inspection.adapter import AdapterInspection, inspect_adapter
 from peft_deploy.inspection.bundle import BundleInspection, inspect_bundle
 from peft_deploy.inspection.checkpoint import CheckpointInspection, inspect_checkpoint
+from peft_deploy.inspection.prefix import PrefixInspection, inspect_prefix
 from peft_deploy.weights.checkpoint import WEIGHT_FILES
 
 # One of them makes a folder an adapter. Those of other methods and formats are here so that their
@@ -20,24 +22,25 @@ from peft_deploy.weights.checkpoint import WEIGHT_FILES
 ADAPTER_CONFIGS = (
     LORA_CONFIG_NAME,
     "adapter_config.json",
-    "prefix_config.json",
     "vera_config.json",
     "lokr_config.json",
 )
+_PREFIX_FILES = (PREFIX_CONFIG_NAME, PREFIX_WEIGHTS_NAME)
 _WEIGHT_ENDINGS = (".safetensors", ".pdparams", ".safetensors.index.json", ".pdparams.index.json")
 
 
 class Kind(str, Enum):
-    """The three things that can be inspected."""
+    """The things that can be inspected."""
 
     CHECKPOINT = "checkpoint"
     ADAPTER = "adapter"
+    PREFIX = "prefix"
     BUNDLE = "bundle"
 
 
 def inspect(
     path: str | Path, *, verify: bool = False
-) -> CheckpointInspection | AdapterInspection | BundleInspection:
+) -> CheckpointInspection | AdapterInspection | PrefixInspection | BundleInspection:
     """The facts about whatever lies at a path.
 
     Args:
@@ -61,6 +64,8 @@ def inspect(
         return inspect_bundle(place, verify=verify)
     if kind is Kind.ADAPTER:
         return inspect_adapter(place)
+    if kind is Kind.PREFIX:
+        return inspect_prefix(place)
     return inspect_checkpoint(place)
 
 
@@ -68,14 +73,17 @@ def kind_of(path: Path) -> tuple[Kind, Path]:
     """What lies at a path, and the folder or the file to read it from.
 
     Raises:
-        CheckpointError: nothing is there, or none of the three; the message says what was looked
+        CheckpointError: nothing is there, or none of them; the message says what was looked
             for and what is there.
     """
     if path.is_dir():
         if (path / MANIFEST).is_file():
             return Kind.BUNDLE, path
-        if any((path / name).is_file() for name in (*ADAPTER_CONFIGS, *ADAPTER_WEIGHTS)):
-            return Kind.ADAPTER, path
+        if any(
+            (path / name).is_file()
+            for name in (*ADAPTER_CONFIGS, *ADAPTER_WEIGHTS, *_PREFIX_FILES)
+        ):
+            return _method(path), path
         if any((path / name).is_file() for name in (CONFIG, *WEIGHT_FILES)):
             return Kind.CHECKPOINT, path
         raise _unknown(path)
@@ -91,8 +99,8 @@ def _kind_of_file(path: Path) -> tuple[Kind, Path]:
     folder = path.parent
     if path.name in (MANIFEST, MODEL) and (folder / MANIFEST).is_file():
         return Kind.BUNDLE, folder
-    if path.name in (*ADAPTER_CONFIGS, *ADAPTER_WEIGHTS):
-        return Kind.ADAPTER, folder
+    if path.name in (*ADAPTER_CONFIGS, *ADAPTER_WEIGHTS, *_PREFIX_FILES):
+        return _method(folder), folder
     if path.name == CONFIG:
         return kind_of(folder)
     if path.name.endswith(_WEIGHT_ENDINGS):
@@ -104,11 +112,18 @@ def _kind_of_file(path: Path) -> tuple[Kind, Path]:
     )
 
 
+def _method(folder: Path) -> Kind:
+    """Which kind of adapter a folder holds; LoRA's reader names what it cannot read."""
+    prefix = any((folder / name).is_file() for name in _PREFIX_FILES)
+    other = any((folder / name).is_file() for name in ADAPTER_CONFIGS)
+    return Kind.PREFIX if prefix and not other else Kind.ADAPTER
+
+
 def _unknown(folder: Path) -> CheckpointError:
     there = [entry.name for entry in folder.iterdir()]
     lines = [
         f"a bundle: {MANIFEST}",
-        f"an adapter: {' or '.join(ADAPTER_CONFIGS)}",
+        f"an adapter: {' or '.join((*ADAPTER_CONFIGS, PREFIX_CONFIG_NAME))}",
         f"a checkpoint: {CONFIG} or {' or '.join(WEIGHT_FILES)}",
     ]
     loose = sorted(name for name in there if name.endswith(_WEIGHT_ENDINGS))

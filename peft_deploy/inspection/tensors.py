@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from peft_deploy.weights import TensorInfo
+from peft_deploy.weights import Array, TensorInfo
 
 
 @dataclass(frozen=True)
@@ -52,3 +52,8 @@ class TensorTotals:
 def file_sizes(paths: Iterable[Path], root: Path) -> tuple[FileSize, ...]:
     """The files with their sizes, named relative to ``root``; links count as what they lead to."""
     return tuple(FileSize(p.relative_to(root).as_posix(), p.stat().st_size) for p in paths)
+
+
+def info_of(name: str, array: Array) -> TensorInfo:
+    """Name, type and shape of a tensor that has been read."""
+    return TensorInfo(name, array.dtype.name, tuple(int(n) for n in array.shape))

@@ -17,6 +17,7 @@ from peft_deploy.cli import cli
 from peft_deploy.config import LoRAConfig
 from peft_deploy.errors import AdapterError, OutputError, UnsupportedModelError
 from peft_deploy.families import parallel_axes
+from peft_deploy.inspection import inspect
 from peft_deploy.weights.tensor_parallel import split_shards
 from peft_deploy.workflows.shards import merge_adapter_shards
 
@@ -96,6 +97,12 @@ def test_ranks_are_merged_into_a_base_directly(
     base = stored(tiny_llama)[0]
     assert all(first[name].tobytes() == second[name].tobytes() for name in second)
     assert sum(first[name].tobytes() != base[name].tobytes() for name in base) == 14
+
+
+def test_ranks_are_inspected_as_the_adapter_that_they_make(ranks: Path, tuned: Path) -> None:
+    found, whole = inspect(ranks), inspect(tuned)
+    assert (found.fingerprint, found.norm) == (whole.fingerprint, whole.norm)
+    assert "lora_model_state.tp01.pdparams" in {file.name for file in found.files}
 
 
 def test_ranks_of_a_model_that_no_family_claims(ranks: Path) -> None:

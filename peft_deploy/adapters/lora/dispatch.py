@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 from paddle import nn
 from paddle.distributed.fleet.meta_parallel import ColumnParallelLinear, RowParallelLinear
 
+from peft_deploy.adapters.arrays import dtype_name
 from peft_deploy.adapters.lora.column_parallel import (
     ColumnParallelLoRALinear,
     ColumnParallelLoRAMergedLinear,
@@ -21,6 +22,7 @@ from peft_deploy.adapters.lora.linear import LoRALinear
 from peft_deploy.adapters.lora.merged_linear import LoRAMergedLinear
 from peft_deploy.adapters.lora.row_parallel import RowParallelLoRALinear
 from peft_deploy.config import LoRAConfig, LoRAConfigError
+from peft_deploy.weights import FLOATING
 
 Parts: TypeAlias = "list[bool] | None"  # enable_lora of one target
 Factory: TypeAlias = Callable[[nn.Layer, LoRAConfig, Parts], "LoRALayer | None"]
@@ -86,6 +88,15 @@ def _computes_as(module: nn.Layer, kind: type[nn.Layer]) -> bool:
     return True
 
 
+def _refuse_quantized(name: str, module: nn.Layer) -> None:
+    weight = getattr(module, "weight", None)
+    if weight is not None and dtype_name(weight) not in FLOATING:
+        raise LoRAConfigError(
+            f"the weight of {name} is {dtype_name(weight)}: a quantized base model is not supported",
+            hint="load the base model in float32, float16 or bfloat16",
+        )
+
+
 def _refuse_pissa(module: nn.Layer, config: LoRAConfig) -> None:
     if config.pissa:
         raise LoRAConfigError(f"pissa is not supported for {type(module).__name__}")
@@ -137,6 +148,7 @@ def make_lora_layer(
     Raises:
         LoRAConfigError: no LoRA layer exists for this kind of module; also a ValueError.
     """
+    _refuse_quantized(name, module)
     for factory in FACTORIES:
         layer = factory(module, config, parts)
         if layer is not None:
