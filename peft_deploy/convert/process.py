@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import site
 import subprocess
 import sys
 import tempfile
@@ -56,6 +57,7 @@ class ConversionJob:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 pass_fds=(writing,),
+                env=self._environment(),
                 start_new_session=True,  # Ctrl-C reaches us alone, and we end the child
             )
         os.close(writing)
@@ -101,6 +103,13 @@ class ConversionJob:
         from peft_deploy.convert.graph import ConvertedGraph
 
         return ConvertedGraph.read(self._folder)
+
+    def _environment(self) -> dict[str, str]:
+        """Ours, with a home in the folder: Paddle writes the source of what it traces to ``~/.cache`` and leaves
+        it there when the process ends early.
+        """
+        user_packages = os.environ.get("PYTHONUSERBASE") or site.getuserbase()
+        return {**os.environ, "HOME": str(self._folder), "PYTHONUSERBASE": user_packages}
 
     def _log(self) -> str:
         return (self._folder / LOG_FILE).read_text("utf-8", errors="replace")

@@ -36,6 +36,15 @@ def test_graph_comes_back_without_weights_and_with_their_names(config: dict[str,
     assert converted.operations["pd_op.softmax"][1]["module"] == "llama.layers.1.self_attn"
 
 
+def test_nothing_is_left_in_the_users_home(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with ConversionJob(config, 17) as job:
+        job.result(lambda _title: None)
+    assert list(tmp_path.rglob("*")) == []
+
+
 def test_a_child_that_dies_is_an_error_with_its_log(config: dict[str, Any]) -> None:
     with ConversionJob(config, 17) as job:
         job._process.send_signal(signal.SIGABRT)
