@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft_deploy.adapters.formats import Adapter
-from peft_deploy.adapters.formats.detect import AdapterFormat, detect, read_lora
+from peft_deploy.adapters.formats import Adapter, read_adapter
 from peft_deploy.base import BaseModel, open_base
 from peft_deploy.errors import ConfigError
 from peft_deploy.families import DecoderFamily
@@ -83,7 +82,7 @@ def from_folders(base: str | Path | BaseModel, adapter: str | Path | None) -> Ex
             the adapter already.
     """
     model = base if isinstance(base, BaseModel) else open_base(base)
-    named = None if adapter is None else read_named(str(adapter), model)
+    named = None if adapter is None else read_named(str(adapter), model.config)
     if named is not None:
         check_lineage(model, named.adapter)
 
@@ -93,7 +92,11 @@ def from_folders(base: str | Path | BaseModel, adapter: str | Path | None) -> Ex
         layer = load_model(model, progress=progress)
         if named is None:
             return layer
-        return _with_adapter(layer, named.adapter)
+        from peft_deploy.adapters.lora import LoRAModel
+
+        adapted = LoRAModel.from_pretrained(layer, named.adapter.path)
+        adapted.eval()
+        return adapted
 
     return ExportSource(
         name=model.name,
@@ -109,24 +112,12 @@ def from_folders(base: str | Path | BaseModel, adapter: str | Path | None) -> Ex
     )
 
 
-def _with_adapter(layer: nn.Layer, adapter: Adapter) -> nn.Layer:
-    from peft_deploy.adapters.lora import LoRAModel
-
-    if detect(adapter.path)[0] is AdapterFormat.PADDLE:
-        adapted = LoRAModel.from_pretrained(layer, adapter.path)
-    else:  # what was read, in the form that PaddleNLP's format would have; the reference is float32
-        adapted = LoRAModel(layer, replace(adapter.config, dtype=EXPORT_DTYPE))
-        adapted.set_state_dict(adapter.state)
-    adapted.eval()
-    return adapted
-
-
-def read_named(text: str, base: BaseModel) -> NamedAdapter:
-    """The adapter in a folder, given as ``FOLDER`` or ``NAME=FOLDER``; PaddleNLP's, PEFT's or an .onnx_adapter file.
+def read_named(text: str, model_config: Mapping[str, Any] | None = None) -> NamedAdapter:
+    """The adapter in a folder, given as ``FOLDER`` or ``NAME=FOLDER``.
 
     Args:
         text: what was given.
-        base: the base model, which gives tensors of other formats their names.
+        model_config: the base model's config.json, by which the files of tensor-parallel ranks are put together.
 
     Raises:
         AdapterError: it cannot be read.
@@ -140,11 +131,4 @@ def read_named(text: str, base: BaseModel) -> NamedAdapter:
     name = name or re.sub(r"[^\w.-]+", "-", path.resolve().name).strip("-.") or "default"
     if not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
         raise ConfigError(f"the adapter name {name!r} may hold only letters, digits and . _ -")
-    adapter = read_lora(
-        path,
-        base.family.name_map,
-        num_layers=base.dims.num_layers,
-        tied=base.tensors.tied,
-        model_config=base.config,
-    )
-    return NamedAdapter(name, adapter)
+    return NamedAdapter(name, read_adapter(path, model_config=model_config))

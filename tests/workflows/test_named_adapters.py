@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -13,7 +14,8 @@ from peft_deploy.workflows import sources
 @pytest.fixture(autouse=True)
 def _unread(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the name matters here; the folder is handed on unread."""
-    monkeypatch.setattr(sources, "read_adapter", lambda path, **_: path)
+    for reader in ("read_adapter", "read_lora"):
+        monkeypatch.setattr(sources, reader, lambda path, *_, **__: path, raising=False)
 
 
 @pytest.mark.parametrize(
@@ -23,7 +25,7 @@ def _unread(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_any_folder_gets_a_name(tmp_path: Path, folder: str, name: str) -> None:
     (tmp_path / folder).mkdir()
 
-    named = sources.read_named(str(tmp_path / folder))
+    named = sources.read_named(str(tmp_path / folder), MagicMock())
 
     assert named.name == name
     assert str(named.adapter) == str(tmp_path / folder)
@@ -31,6 +33,6 @@ def test_any_folder_gets_a_name(tmp_path: Path, folder: str, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["a b", "../a", "..", "a:b"])
 def test_a_given_name_is_taken_as_it_is_or_refused(tmp_path: Path, name: str) -> None:
-    assert sources.read_named(f"given={tmp_path}").name == "given"
+    assert sources.read_named(f"given={tmp_path}", MagicMock()).name == "given"
     with pytest.raises(ConfigError, match="letters, digits"):
-        sources.read_named(f"{name}={tmp_path}")
+        sources.read_named(f"{name}={tmp_path}", MagicMock())
