@@ -107,11 +107,12 @@ class AtomicFolder:
             old = Path(
                 tempfile.mkdtemp(prefix=f".{self.output.name}.old.", dir=self.output.parent)
             )
-            self.output.rename(old / "replaced")
             try:
+                self.output.rename(old / "replaced")
                 self.path.rename(self.output)
-            except OSError:
-                (old / "replaced").rename(self.output)
+            except BaseException:  # Ctrl-C between the two would otherwise lose both
+                if not self.output.exists():
+                    (old / "replaced").rename(self.output)
                 raise
             finally:
                 shutil.rmtree(old, ignore_errors=True)
