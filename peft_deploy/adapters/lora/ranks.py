@@ -18,15 +18,12 @@ from paddle.distributed import fleet
 from peft_deploy.adapters.formats import Adapter, read_adapter
 from peft_deploy.adapters.formats.ranks import has_rank_files
 from peft_deploy.adapters.lora.attachment import Attachment
+from peft_deploy.adapters.lora.column_order import reordered_columns
 from peft_deploy.adapters.lora.trainable import named_parameters
 from peft_deploy.config import LORA_CONFIG_NAME, LoRAConfig
 from peft_deploy.errors import AdapterError
 from peft_deploy.weights.source import Array
 from peft_deploy.weights.tensor_parallel import AxisOf, merge_shards, split_shards
-
-# Two matrices side by side: a rank holds a slice of each, not a slice of the whole, so that setting
-# slices side by side gives another matrix.
-_SIDE_BY_SIDE = ("gate_up_fused_proj", "gate_up_proj")
 
 
 def degree_of(model: nn.Layer) -> int:
@@ -51,16 +48,18 @@ def axes_of(attachment: Attachment) -> AxisOf:
     for module, adapted in attachment.adapted.items():  # not in the model while it is detached
         parameters[f"{module}.lora_A"] = adapted.layer.lora_A
         parameters[f"{module}.lora_B"] = adapted.layer.lora_B
+    reordered = reordered_columns(attachment.model, degree_of(attachment.model))
 
     def axis(name: str) -> int | None:
         parameter = parameters.get(name)
         if parameter is None or not getattr(parameter, "is_distributed", False):
             return None
-        if any(part in _SIDE_BY_SIDE for part in name.split(".")):
+        if name.rpartition(".")[0] in reordered:
             raise AdapterError(
-                f"{name} holds slices of two matrices that lie side by side, "
-                "which ranks cannot be put together from or split into",
-                hint="train with fuse_attention_ffn off, or leave the layer out of target_modules",
+                f"{name}: of this layer, which holds several matrices side by side, each rank has "
+                "a slice of each; such slices are neither put together nor made",
+                hint="switch the model's fused layers off, or leave the layer out of "
+                "target_modules and trainable_modules",
             )
         return cast("int", parameter.split_axis)
 
