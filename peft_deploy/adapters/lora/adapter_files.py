@@ -82,7 +82,7 @@ class AdapterFolders:
     def save_pretrained(
         self,
         save_directory: str | os.PathLike[str],
-        merge_tensor_parallel: bool = False,
+        merge_tensor_parallel: bool = True,
         *,
         variant: str | None = None,
         is_main_process: bool | None = None,
@@ -96,7 +96,8 @@ class AdapterFolders:
 
         Args:
             save_directory: made when it is missing.
-            merge_tensor_parallel: for a model that is spread over tensor-parallel ranks, whether
+            merge_tensor_parallel: True, as the specification says; paddlenlp.peft has False. For a
+                model that is spread over tensor-parallel ranks, whether
                 rank 0 writes the whole adapter, gathered from all ranks, which have to call this
                 together; otherwise each writes its part to ``lora_model_state.tp00.pdparams``, ….
             variant: stands before the extension of the weight file.
@@ -167,7 +168,9 @@ def save_adapter(
     write_adapter(folder, config, tensors, provenance_of(model), variant)
     model_config = getattr(model.model, "config", None)
     if is_main_process and save_model_config and hasattr(model_config, "save_pretrained"):
-        _save_model_config(copy.deepcopy(model_config), folder, merge_tensor_parallel)
+        _save_model_config(
+            copy.deepcopy(model_config), folder, single=spread and merge_tensor_parallel
+        )
 
 
 def provenance_of(model: AdapterFolders) -> Provenance:
@@ -188,10 +191,10 @@ def provenance_of(model: AdapterFolders) -> Provenance:
     )
 
 
-def _save_model_config(config: object, folder: Path, merge_tensor_parallel: bool) -> None:
+def _save_model_config(config: object, folder: Path, *, single: bool) -> None:
     """Through a folder beside the target, since PaddleNLP writes in place."""
-    if merge_tensor_parallel:
-        config.tensor_parallel_degree = -1  # type: ignore[attr-defined]
+    if single:
+        config.tensor_parallel_degree = SINGLE_RANK  # type: ignore[attr-defined]
     make_folder(folder)
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".config.") as temporary:
