@@ -16,12 +16,28 @@ _FILE = click.Path(path_type=Path)
 # Said before Paddle is imported, which takes seconds.
 _DATA = click.Path(exists=True, dir_okay=False, path_type=Path)
 
+_LORA = (
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "target_modules",
+    "rslora",
+    "pissa",
+    "lora_plus_scale",
+)
+_PREFIX = (
+    "num_prefix_tokens",
+    "prefix_projection",
+    "prefix_projection_hidden_size",
+    "prefix_dropout",
+)
+
 
 @click.command("train")
 @click.option(
     "--base", required=True, help="Base model: a folder, or a name that PaddleNLP can download."
 )
-@click.option("--method", type=click.Choice(["lora"]), default="lora", show_default=True)
+@click.option("--method", type=click.Choice(["lora", "prefix"]), default="lora", show_default=True)
 @click.option("--data", required=True, type=_DATA, help="JSONL file of examples.")
 @click.option("--output", required=True, type=_FILE, help="The adapter's folder.")
 # paddle.distributed.launch takes --r for an abbreviation of options of its own.
@@ -40,6 +56,16 @@ _DATA = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--rslora", is_flag=True, help="Scale by alpha/sqrt(r).")
 @click.option("--pissa", is_flag=True, help="Start from the principal part of the weights.")
 @click.option("--lora-plus-scale", type=float, default=1.0, show_default=True)
+@click.option("--num-prefix-tokens", type=int, help="Length of the prefix.")
+@click.option(
+    "--prefix-projection", is_flag=True, help="Make the prefix with two linear layers and a tanh."
+)
+@click.option(
+    "--prefix-projection-hidden-size",
+    type=int,
+    help="Width between those layers; the model's own by default.",
+)
+@click.option("--prefix-dropout", type=float, default=0.0, show_default=True)
 @click.option("--epochs", type=float, default=3.0, show_default=True, help="Passes over the data.")
 @click.option("--max-steps", type=int, help="Number of steps; goes before --epochs.")
 @click.option("--batch-size", type=int, default=4, show_default=True)
@@ -88,7 +114,7 @@ _DATA = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--force", is_flag=True, help="Replace an earlier run's output.")
 @common_options
 def train_command(as_json: bool, **options: Any) -> None:
-    """Fine-tune a model with LoRA on a JSONL file of examples.
+    """Fine-tune a model with LoRA or a prefix on a JSONL file of examples.
 
     Each line is {"prompt": …, "completion": …}, {"text": …} or {"messages": [{"role": …,
     "content": …}, …]}. The loss counts what the model has to say: the completion, the whole text,
@@ -99,13 +125,17 @@ def train_command(as_json: bool, **options: Any) -> None:
     """
     from peft_deploy.cli._progress import RichProgress
     from peft_deploy.environment import require_paddle
+    from peft_deploy.training import read_records
 
+    chosen = _options(options)
+    for path in filter(None, (chosen.data, chosen.eval_data)):
+        read_records(path)  # a bad line is said before Paddle is imported, which takes seconds
     with RichProgress() as progress:
         progress.phase("Importing Paddle")
         require_paddle("training")
         from peft_deploy.training import train
 
-        result = train(_options(options), progress)
+        result = train(chosen, progress)
     if not result.main_process:
         return
     if as_json:
@@ -115,16 +145,30 @@ def train_command(as_json: bool, **options: Any) -> None:
 
 
 def _options(given: dict[str, Any]) -> TrainOptions:
-    from peft_deploy.config import LoRAConfig
+    from peft_deploy.config import LoRAConfig, PrefixConfig
     from peft_deploy.training import TrainOptions
 
-    keys = ("r", "lora_alpha", "lora_dropout", "rslora", "pissa", "lora_plus_scale")
-    lora = {key: given.pop(key) for key in keys}
-    targets = list(given.pop("target_modules")) or None
-    return TrainOptions(
-        **{**given, "report_to": tuple(given["report_to"])},
-        lora=LoRAConfig(**lora, target_modules=targets, base_model_name_or_path=given["base"]),
-    )
+    _refuse_options_of_the_other(given["method"])
+    lora = {key: given.pop(key) for key in _LORA}
+    prefix = {key: given.pop(key) for key in _PREFIX}
+    given["report_to"] = tuple(given["report_to"])
+    if given["method"] == "prefix":
+        return TrainOptions(**given, prefix=PrefixConfig(**prefix))
+    lora["target_modules"] = list(lora["target_modules"]) or None
+    return TrainOptions(**given, lora=LoRAConfig(**lora, base_model_name_or_path=given["base"]))
+
+
+def _refuse_options_of_the_other(method: str) -> None:
+    context = click.get_current_context()
+    foreign = _PREFIX if method == "lora" else _LORA
+    given = [
+        max(parameter.opts, key=len)
+        for parameter in context.command.params
+        if parameter.name in foreign
+        and context.get_parameter_source(parameter.name) is not click.core.ParameterSource.DEFAULT
+    ]
+    if given:
+        raise click.UsageError(f"--method {method} has no {', '.join(given)}")
 
 
 def _show(result: TrainResult) -> None:

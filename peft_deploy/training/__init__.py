@@ -1,19 +1,21 @@
 """Fine-tuning: from a JSONL file of examples to an adapter's folder, on PaddleNLP's Trainer.
 
 Owns the reading and tokenizing of examples, the trainer, its checkpoints and their resumption.
-Needs Paddle and PaddleNLP; must not import tracing, conversion or anything that handles a bundle.
+Options and examples can be read without Paddle, training needs Paddle and PaddleNLP; everything is
+imported when it is first used. Must not import tracing, conversion or anything that handles a
+bundle.
 """
 
 from __future__ import annotations
 
-from peft_deploy.environment import require_paddle
+import importlib
+from typing import TYPE_CHECKING, Any
 
-require_paddle("training")
-
-from peft_deploy.training.encoding import Encoded, encode_records  # noqa: E402
-from peft_deploy.training.options import TrainOptions  # noqa: E402
-from peft_deploy.training.records import Chat, Completion, Text, read_records  # noqa: E402
-from peft_deploy.training.run import TrainResult, train  # noqa: E402
+if TYPE_CHECKING:
+    from peft_deploy.training.encoding import Encoded, encode_records
+    from peft_deploy.training.options import TrainOptions
+    from peft_deploy.training.records import Chat, Completion, Text, read_records
+    from peft_deploy.training.run import TrainResult, train
 
 __all__ = [
     "Chat",
@@ -26,3 +28,23 @@ __all__ = [
     "read_records",
     "train",
 ]
+
+_HOME = {
+    "Chat": "records",
+    "Completion": "records",
+    "Encoded": "encoding",
+    "Text": "records",
+    "TrainOptions": "options",
+    "TrainResult": "run",
+    "encode_records": "encoding",
+    "read_records": "records",
+    "train": "run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from peft_deploy.environment import require_paddle
+
+require_paddle("training")
+
 import itertools
 from collections.abc import Iterator, Sequence
 

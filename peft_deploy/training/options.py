@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from peft_deploy.config import LoRAConfig
+from peft_deploy.config import LoRAConfig, PrefixConfig
 from peft_deploy.errors import ConfigError
 
 SCHEDULES = ("linear", "cosine", "constant")
 DTYPES = ("float32", "float16", "bfloat16")
 REPORTERS = ("visualdl", "tensorboard", "wandb", "swanlab")
+METHODS = ("lora", "prefix")
 RESUME_LATEST = "auto"
+LEAST_LENGTH = 2  # tokens of an example: one, and one to be learned from it
 
 # What may differ between a run and its resumption: none of it changes the steps that are left,
 # except for epochs and max_steps, which say how many those are.
@@ -44,9 +46,11 @@ class TrainOptions:
         base: the base model: a folder, or a name that PaddleNLP can download.
         data: a JSONL file of examples.
         output: the adapter's folder; checkpoints go into it, too.
-        method: ``"lora"``.
-        lora: the adapter's options; without ``target_modules`` the family's linear layers are
-            adapted.
+        method: ``"lora"`` or ``"prefix"``.
+        lora: the options of a LoRA adapter, rank 8 and alpha 16 when None; without
+            ``target_modules`` the family's linear layers are adapted.
+        prefix: the options of a prefix; it has to say ``num_prefix_tokens``, and other sizes are
+            filled in from the model.
         eval_data: a JSONL file of examples that are only measured.
         eval_steps: steps between two measurements; at the end of every epoch when None.
         epochs: passes over the data; ``max_steps`` goes before it.
@@ -77,7 +81,8 @@ class TrainOptions:
     data: Path
     output: Path
     method: str = "lora"
-    lora: LoRAConfig = field(default_factory=lambda: LoRAConfig(r=8, lora_alpha=16))
+    lora: LoRAConfig | None = None
+    prefix: PrefixConfig | None = None
     eval_data: Path | None = None
     eval_steps: int | None = None
     epochs: float = 3.0
@@ -100,8 +105,8 @@ class TrainOptions:
     force: bool = False
 
     def __post_init__(self) -> None:
-        if self.method != "lora":
-            raise ConfigError(f"method is {self.method!r}; 'lora' can be trained")
+        _one_of("method", self.method, METHODS)
+        self._check_adapter()
         for name in ("eval_steps", "max_steps", "save_steps"):
             if getattr(self, name) is not None:
                 _whole(name, getattr(self, name))
@@ -112,7 +117,7 @@ class TrainOptions:
             "logging_steps",
         ):
             _whole(name, getattr(self, name))
-        _whole("max_length", self.max_length, least=2)
+        _whole("max_length", self.max_length, least=LEAST_LENGTH)
         _whole("seed", self.seed, least=0, most=2**32 - 1)
         _number("epochs", self.epochs, above=0)
         _number("learning_rate", self.learning_rate, above=0)
@@ -125,6 +130,30 @@ class TrainOptions:
         if self.resume is not None and self.force:
             raise ConfigError(
                 "resume and force exclude each other: one keeps the earlier run, one replaces it"
+            )
+
+    def _check_adapter(self) -> None:
+        """Leaves exactly one of ``lora`` and ``prefix``, that of the method."""
+        other = "prefix" if self.method == "lora" else "lora"
+        if getattr(self, other) is not None:
+            raise ConfigError(
+                f"method is {self.method!r}, but options of {other} are given",
+                hint=f"leave them out, or train with the method {other!r}",
+            )
+        if self.method == "lora":
+            if self.lora is None:
+                object.__setattr__(self, "lora", LoRAConfig(r=8, lora_alpha=16))
+            return
+        if self.prefix is None or self.prefix.num_prefix_tokens is None:
+            raise ConfigError(
+                "the method 'prefix' needs num_prefix_tokens, the length of the prefix",
+                hint="16 to 128 are usual",
+            )
+        if self.prefix.prefix_projection_hidden_size and not self.prefix.prefix_projection:
+            raise ConfigError(
+                f"prefix_projection_hidden_size is {self.prefix.prefix_projection_hidden_size}, "
+                "and there is no projection",
+                hint="give prefix_projection, too",
             )
 
     def to_dict(self) -> dict[str, Any]:

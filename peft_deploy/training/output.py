@@ -17,6 +17,7 @@ METRICS = "metrics.jsonl"
 # A checkpoint is written under this name, and renamed when it is complete.
 PARTIAL = ".checkpoint.partial"
 _OURS = (
+    re.compile(r"prefix_model_state.*\.pdparams|prefix_config\.json|pre_caches\.npy"),
     re.compile(r"lora_model_state.*\.pdparams|lora_config\.json|peft_deploy_adapter\.json"),
     re.compile(r"config\.json|generation_config\.json|runs"),
     re.compile("|".join(map(re.escape, (RECORD, METRICS, PARTIAL)))),

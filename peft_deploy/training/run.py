@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from peft_deploy.environment import debugging, require_paddle
+
+require_paddle("training")
+
 import hashlib
 import os
 import time
@@ -15,12 +19,8 @@ import paddle
 from paddle.utils import unique_name
 from paddlenlp.trainer import TrainingArguments
 
-from peft_deploy.adapters.lora import LoRAModel
 from peft_deploy.base import BaseModel, open_base
-from peft_deploy.base.dygraph import load_model
-from peft_deploy.config import LoRAConfig
 from peft_deploy.config.json_file import make_folder, write_json
-from peft_deploy.environment import debugging
 from peft_deploy.errors import ConfigError
 from peft_deploy.progress import Progress, Silent
 from peft_deploy.text import Tokenizer
@@ -28,6 +28,12 @@ from peft_deploy.training.batches import Examples
 from peft_deploy.training.callback import Report
 from peft_deploy.training.checkpoints import RECORD, checkpoints, find_checkpoint
 from peft_deploy.training.encoding import Encoded, encode_records
+from peft_deploy.training.method import (
+    AdapterModel,
+    adapter_config,
+    build_model,
+    longest_example,
+)
 from peft_deploy.training.options import TrainOptions
 from peft_deploy.training.output import check_output, clear_output
 from peft_deploy.training.records import read_records
@@ -66,7 +72,7 @@ class TrainResult:
     remarks: tuple[str, ...]
     seconds: float
     main_process: bool = True
-    model: LoRAModel = field(repr=False)
+    model: AdapterModel = field(repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready form, without the model."""
@@ -126,15 +132,15 @@ def _train(options: TrainOptions, progress: Progress | None) -> TrainResult:
     progress.phase("Reading the examples")
     data = _read_data(options, base)
     _check_batches(options, len(data.examples))
-    lora = _resolved(options.lora, base)
+    adapter = adapter_config(options, base)
     record = {
         **options.fixed(),
-        "lora": lora.to_dict(),
+        options.method: adapter.to_dict(),
         "data_sha256": hashlib.sha256(options.data.read_bytes()).hexdigest(),
     }
     resume = options.resume
     checkpoint = None if resume is None else find_checkpoint(resume, options.output, record)
-    model = _build(base, lora, options, progress)
+    model = build_model(base, adapter, options, progress)
     try:
         return _fit(model, data, options, record, checkpoint, progress, first)
     except BaseException:
@@ -149,9 +155,7 @@ def _read_data(options: TrainOptions, base: BaseModel) -> _Data:
     def encoded(path: Path) -> Encoded:
         return encode_records(read_records(path), tokenizer, options.max_length, path)
 
-    longest = base.dims.max_positions
-    if options.max_length > longest:
-        options = replace(options, max_length=longest)
+    options = replace(options, max_length=longest_example(options, base))
     trained = encoded(options.data)
     measured = None if options.eval_data is None else encoded(options.eval_data)
     remarks = trained.remarks(options.data, options.max_length)
@@ -181,20 +185,6 @@ def _check_batches(options: TrainOptions, examples: int) -> None:
             f"one step takes gradient_accumulation {options.gradient_accumulation} batches of "
             f"{options.batch_size} on {ranks} devices, and {examples} examples make only {batches}"
         )
-
-
-def _resolved(lora: LoRAConfig, base: BaseModel) -> LoRAConfig:
-    """The configuration with its targets filled in."""
-    targets = lora.target_modules or list(base.family.lora_targets)
-    return replace(lora, target_modules=targets)
-
-
-def _build(
-    base: BaseModel, lora: LoRAConfig, options: TrainOptions, progress: Progress
-) -> LoRAModel:
-    model = load_model(base, options.dtype, progress)
-    paddle.seed(options.seed)
-    return LoRAModel(model, lora)
 
 
 def _arguments(options: TrainOptions) -> TrainingArguments:
@@ -234,7 +224,7 @@ def _arguments(options: TrainOptions) -> TrainingArguments:
 
 
 def _fit(
-    model: LoRAModel,
+    model: AdapterModel,
     data: _Data,
     options: TrainOptions,
     record: dict[str, Any],
@@ -277,7 +267,7 @@ def _fit(
     )
 
 
-def _check_finite(model: LoRAModel) -> int:
+def _check_finite(model: AdapterModel) -> int:
     """The number of trained values, all of which are numbers.
 
     Raises:

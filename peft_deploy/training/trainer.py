@@ -14,19 +14,18 @@ import paddle
 from paddle import nn
 from paddlenlp.trainer import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
-from peft_deploy.adapters import read_adapter
-from peft_deploy.adapters.lora import LoRAModel
 from peft_deploy.config.json_file import write_json
 from peft_deploy.errors import CheckpointError, ConfigError
 from peft_deploy.training.batches import Collator, Examples, SeededBatches, step_seed
 from peft_deploy.training.callback import Report
 from peft_deploy.training.checkpoints import RECORD, checkpoints
 from peft_deploy.training.loss import completion_loss
+from peft_deploy.training.method import AdapterModel, load_weights
 from peft_deploy.training.output import PARTIAL
 
 
 class AdapterTrainer(Trainer):  # type: ignore[misc]
-    """Trains the active adapter of a LoRAModel.
+    """Trains the active adapter of a LoRAModel, or a prefix.
 
     Differs from its base in what it cannot know or gets wrong for a resumed run: the loss, the
     order of batches, the source of dropout, and how an adapter is saved and loaded.
@@ -43,7 +42,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
 
     def __init__(
         self,
-        model: LoRAModel,
+        model: AdapterModel,
         args: TrainingArguments,
         examples: Examples,
         eval_examples: Examples | None,
@@ -136,8 +135,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str | None = None) -> None:
         if resume_from_checkpoint is not None:
-            adapter = read_adapter(Path(resume_from_checkpoint))
-            self.model.set_state_dict(adapter.state)
+            load_weights(self.model, Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
