@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from peft_deploy.config.export import ExportOptions
     from peft_deploy.config.merge import MergeOptions
     from peft_deploy.runtime import load_bundle
+    from peft_deploy.training import TrainOptions, train
     from peft_deploy.workflows.export import export
     from peft_deploy.workflows.merge import merge
     from peft_deploy.workflows.validate import validate
@@ -59,6 +60,7 @@ __all__ = [
     "PrefixModel",
     "PrefixModelForCausalLM",
     "RowParallelLoRALinear",
+    "TrainOptions",
     "bloom_postprocess_past_key_value",
     "chatglm_postprocess_past_key_value",
     "export",
@@ -68,6 +70,7 @@ __all__ = [
     "merge",
     "mistral_postprocess_past_key_value",
     "qwen_postprocess_past_key_value",
+    "train",
     "validate",
 ]
 
@@ -86,6 +89,7 @@ _HOME = {
     "PrefixModel": "peft_deploy.adapters.prefix",
     "PrefixModelForCausalLM": "peft_deploy.adapters.prefix",
     "RowParallelLoRALinear": "peft_deploy.adapters.lora",
+    "TrainOptions": "peft_deploy.training",
     "bloom_postprocess_past_key_value": "peft_deploy.adapters.prefix",
     "chatglm_postprocess_past_key_value": "peft_deploy.adapters.prefix",
     "export": "peft_deploy.workflows.export",
@@ -95,6 +99,7 @@ _HOME = {
     "merge": "peft_deploy.workflows.merge",
     "mistral_postprocess_past_key_value": "peft_deploy.adapters.prefix",
     "qwen_postprocess_past_key_value": "peft_deploy.adapters.prefix",
+    "train": "peft_deploy.training",
     "validate": "peft_deploy.workflows.validate",
 }
 

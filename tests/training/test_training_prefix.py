@@ -187,3 +187,33 @@ def test_a_lora_adapter_says_which_weights_it_was_trained_on(
     provenance = read_adapter(tmp_path).provenance
     assert provenance is not None
     assert provenance.base_fingerprint == open_base(tiny_llama).fingerprint
+
+
+@pytest.mark.slow
+def test_two_processes_learn_the_prefix_that_one_learns_with_batches_twice_as_large(
+    tiny_llama: Path, data: Path, tmp_path: Path
+) -> None:
+    """Each completion is "then": as many tokens in every example, so the mean of means is the mean."""
+    prefix = ("--method", "prefix", "--num-prefix-tokens", "4", "--batch-size")
+    launch = [sys.executable, "-m", "paddle.distributed.launch", "--nproc_per_node", "2"]
+    tool = str(Path(sys.executable).with_name("peft-deploy"))
+    done = subprocess.run(
+        [
+            *(*launch, "--backend", "gloo", "--log_dir", str(tmp_path / "log"), tool),
+            *command(tiny_llama, data, tmp_path / "two", *prefix, "2"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    one = CliRunner().invoke(cli, command(tiny_llama, data, tmp_path / "one", *prefix, "4"))
+    assert one.exit_code == 0, one.output
+    small = CliRunner().invoke(cli, command(tiny_llama, data, tmp_path / "small", *prefix, "2"))
+    assert small.exit_code == 0, small.output
+    found, wanted = weights(tmp_path / "two"), weights(tmp_path / "one")
+    alone = weights(tmp_path / "small")
+    assert found.keys() == wanted.keys()
+    for name, array in wanted.items():
+        np.testing.assert_allclose(found[name], array, rtol=1e-3, atol=1e-5)
+        assert np.abs(alone[name] - array).max() > 1e-2  # one process alone learns another
