@@ -36,6 +36,7 @@ WEIGHT_FILES = (
 )
 _RANK_FILES = re.compile(r"lora_mode(?:l)?_state\.(?:\w+_)?(?:tp|pp)\d+.*\.pdparams")
 _RANKS_HINT = "save it again with save_pretrained(…, merge_tensor_parallel=True)"
+_CONVERT = "convert it: peft-deploy adapter convert DIR DST --to paddle --base BASE"
 _OTHER_FORMATS = {
     "adapter_config.json": "Hugging Face PEFT's format (adapter_config.json)",
     "prefix_config.json": "a prefix-tuning adapter (prefix_config.json)",
@@ -124,8 +125,8 @@ def _check_format(folder: Path) -> None:
     for name, format in _OTHER_FORMATS.items():
         if (folder / name).is_file():
             raise AdapterError(
-                f"{folder} holds {format}, which cannot be read yet; "
-                f"a PaddleNLP LoRA adapter ({LORA_CONFIG_NAME}) is needed"
+                f"{folder} holds {format}; a PaddleNLP LoRA adapter ({LORA_CONFIG_NAME}) is needed here",
+                hint=_CONVERT if name == "adapter_config.json" else None,
             )
     raise AdapterError(
         f"{folder} is not an adapter: it has no {LORA_CONFIG_NAME}",

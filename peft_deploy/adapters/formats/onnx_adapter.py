@@ -1,0 +1,159 @@
+"""``.onnx_adapter`` files: the tensors that onnxruntime puts in place of a graph's LoRA slots.
+
+A is [in, R], B is [R, out] and holds the scaling; both have the graph's element type. The names are those of the
+graph's slots, ``model.layers.0.self_attn.q_proj.lora_A.weight``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from peft_deploy.adapters.formats.adapter import Adapter
+from peft_deploy.adapters.formats.onnx_file import OnnxAdapterFile, read_onnx_file
+from peft_deploy.adapters.formats.peft_writer import huggingface_modules, refuse_unmergeable
+from peft_deploy.adapters.formats.uniform import adapter_of_pairs, pad_rank
+from peft_deploy.errors import AdapterError, CheckpointError, listed
+from peft_deploy.families.names import NameMap
+from peft_deploy.weights.cast import cast_array
+from peft_deploy.weights.lora import LoraPair
+from peft_deploy.weights.source import Array
+
+# Ours and Olive's converter; with ".MatMul", onnxruntime-genai's builder and Olive's extraction.
+_NAME = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.MatMul)?\.weight")
+_QUANTIZED = re.compile(r".*\.quant\.(?:weight|scale|zero_point)")
+# What genai's builder calls a block of a layer, and Hugging Face's name of it.
+_BLOCKS = {".attn.": ".self_attn."}
+
+
+def slot_names(huggingface_module: str) -> tuple[str, str]:
+    """The names of a module's A and B in graphs and in files."""
+    return f"{huggingface_module}.lora_A.weight", f"{huggingface_module}.lora_B.weight"
+
+
+def onnx_tensors(
+    adapter: Adapter,
+    names: NameMap,
+    dtype: str,
+    ranks: Mapping[str, int] | None = None,
+) -> dict[str, Array]:
+    """What a file holds of an adapter: A and scaling · B by slot names, each element rounded once.
+
+    Args:
+        adapter: any.
+        names: of the base model's family.
+        dtype: the graph's.
+        ranks: slot of A → its rank, for graphs whose slots have a fixed one; filled up with zeros.
+
+    Raises:
+        AdapterError: something that slots cannot represent, a rank that is too large, or values that are
+            too large for the type.
+    """
+    refuse_unmergeable(adapter)
+    if adapter.replacements:
+        raise AdapterError(
+            f"{adapter.path} replaces whole parameters, which slots for LoRA cannot take:\n"
+            + listed(adapter.replacements),
+            hint="export it merged: peft-deploy export --merge",
+        )
+    result: dict[str, Array] = {}
+    modules = huggingface_modules(adapter, names)
+    embeddings = [name for name, embedding in modules.values() if embedding]
+    if embeddings:
+        raise AdapterError(
+            f"{adapter.path} adapts embeddings; slots for LoRA are those of linear layers:\n{listed(embeddings)}",
+            hint="export it merged: peft-deploy export --merge",
+        )
+    for module, (name, _) in modules.items():
+        pair, (slot_A, slot_B) = adapter.pairs[module], slot_names(name)
+        rank = (ranks or {}).get(slot_A, pair.rank)
+        if rank < pair.rank:
+            raise AdapterError(
+                f"{adapter.path}: {name} has rank {pair.rank}, its slot takes {rank}"
+            )
+        pair = pad_rank(pair, rank)
+        try:
+            result[slot_A] = cast_array(pair.A, dtype, name=slot_A)
+            scaled = pair.B.astype(np.float64) * pair.scaling
+            result[slot_B] = cast_array(scaled, dtype, name=f"scaling · {slot_B}")
+        except CheckpointError as exc:
+            raise AdapterError(f"{adapter.path}: {exc.message}", hint=exc.hint) from exc
+    return result
+
+
+def read_onnx_adapter(path: Path, names: NameMap, *, num_layers: int | None = None) -> Adapter:
+    """Reads a file as an adapter of PaddleNLP's model; the scaling is in its B, so that it is 1.
+
+    Args:
+        path: the file.
+        names: of the base model's family; names that Olive or onnxruntime-genai give are understood too.
+        num_layers: L of the base model, where it is known.
+
+    Raises:
+        AdapterError: as :func:`read_onnx_file`; names that are no slots, half a pair, shapes that do not fit.
+    """
+    file = read_onnx_file(Path(path))
+    by_module = onnx_pairs(file)
+    pairs: dict[str, LoraPair] = {}
+    unknown = []
+    for module, pair in by_module.items():
+        mapped = names.to_paddle(f"{_own_name(module, names)}.weight")
+        own = None if mapped is None else mapped.name.removesuffix(".weight")
+        if own is None or own in pairs:
+            unknown.append(module)
+        else:
+            pairs[own] = pair
+    if unknown:
+        raise AdapterError(
+            f"{path} holds LoRA for modules that the base model's family does not have, or has once only:\n"
+            f"{listed(unknown)}",
+            hint="is it an adapter of another model?",
+        )
+    return adapter_of_pairs(file.path, pairs, {}, num_layers=num_layers)
+
+
+def onnx_pairs(file: OnnxAdapterFile) -> dict[str, LoraPair]:
+    """The pairs of a file by the module names that it uses; scaling 1.
+
+    Raises:
+        AdapterError: names that are no slots of LoRA, half a pair, or two matrices that do not fit.
+    """
+    quantized = [name for name in file.tensors if _QUANTIZED.fullmatch(name)]
+    if quantized:
+        raise AdapterError(
+            f"{file.path} holds quantized LoRA, which cannot be read:\n{listed(quantized)}"
+        )
+    halves: dict[str, dict[str, Array]] = {}
+    strange = []
+    for name, array in file.tensors.items():
+        match = _NAME.fullmatch(name)
+        if match is None or match[2] in halves.setdefault(match[1], {}):
+            strange.append(name)
+        else:
+            halves[match[1]][match[2]] = array
+    if strange:
+        raise AdapterError(f"{file.path} holds parameters that are no LoRA:\n{listed(strange)}")
+    alone = [f"{m}.lora_{half}" for m, found in halves.items() if len(found) < 2 for half in found]
+    if alone:
+        raise AdapterError(
+            f"{file.path}: one half of the pair is missing beside:\n{listed(alone)}"
+        )
+    if not halves:
+        raise AdapterError(f"{file.path} holds no lora_A and lora_B at all")
+    try:
+        return {module: LoraPair(found["A"], found["B"], 1.0) for module, found in halves.items()}
+    except AdapterError as exc:
+        raise AdapterError(f"{file.path}: {exc.message}") from exc
+
+
+def _own_name(module: str, names: NameMap) -> str:
+    if names.to_paddle(f"{module}.weight") is not None:
+        return module
+    for theirs, ours in _BLOCKS.items():
+        renamed = module.replace(theirs, ours)
+        if names.to_paddle(f"{renamed}.weight") is not None:
+            return renamed
+    return module
