@@ -12,7 +12,7 @@ from peft_deploy.cli._common import common_options, emit_json, say
 
 @click.group("adapter")
 def adapter_command() -> None:
-    """Work on adapter folders, without a base model's weights."""
+    """Convert adapters, put the files of tensor-parallel ranks together."""
 
 
 @adapter_command.command("merge-shards")
@@ -36,3 +36,52 @@ def merge_shards_command(folder: Path, output: Path, config: Path | None, as_jso
             f"{result.output}: {result.degree} ranks put together, {result.modules} modules, "
             f"{result.replaced} replaced tensors"
         )
+
+
+@adapter_command.command("convert")
+@click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
+@click.argument("output", metavar="DST", type=click.Path(path_type=Path))
+@click.option(
+    "--to",
+    required=True,
+    type=click.Choice(["paddle", "hf", "onnx"]),
+    help="PaddleNLP's folder, Hugging Face PEFT's, or an .onnx_adapter file.",
+)
+@click.option("--base", help="The base model's folder; or give --for.")
+@click.option(
+    "--for",
+    "bundle",
+    metavar="BUNDLE",
+    type=click.Path(path_type=Path),
+    help="A bundle of the base model; an .onnx_adapter file is fitted to the slots of its graph.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    help="Of the tensors; as they are when not given, for onnx the graph's.",
+)
+@click.option("--force", is_flag=True, help="Replace what is there.")
+@common_options
+def convert_command(
+    source: Path,
+    output: Path,
+    to: str,
+    base: str | None,
+    bundle: Path | None,
+    dtype: str | None,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Write the adapter SRC to DST in another format; what SRC is in is read from its files.
+
+    What was written is read back and compared before it is put in place.
+    """
+    from peft_deploy.workflows.convert_adapter import convert_adapter
+
+    result = convert_adapter(
+        source, output, to=to, base=base, bundle=bundle, dtype=dtype, force=force
+    )
+    if as_json:
+        emit_json(result.to_dict())
+    else:
+        say(str(result))

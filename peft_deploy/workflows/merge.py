@@ -130,7 +130,7 @@ def merge(
     check_output(output, MERGED_CHECKPOINT, force=options.force)
     progress.phase("Reading names and shapes")
     model = base if isinstance(base, BaseModel) else open_base(base)
-    named = read_named(str(adapter), model.config)
+    named = read_named(str(adapter), model)
     _check_apart(output, model.path, named.adapter.path)
     check_known(model)
     layout = _LAYOUTS[options.to] if options.to else model.tensors.layout

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft_deploy.adapters.formats import Adapter, read_adapter
+from peft_deploy.adapters.formats import Adapter
+from peft_deploy.adapters.formats.detect import AdapterFormat, detect, read_lora
 from peft_deploy.base import BaseModel, open_base
 from peft_deploy.errors import ConfigError
 from peft_deploy.families import DecoderFamily
@@ -82,7 +83,7 @@ def from_folders(base: str | Path | BaseModel, adapter: str | Path | None) -> Ex
             the adapter already.
     """
     model = base if isinstance(base, BaseModel) else open_base(base)
-    named = None if adapter is None else read_named(str(adapter), model.config)
+    named = None if adapter is None else read_named(str(adapter), model)
     if named is not None:
         check_lineage(model, named.adapter)
 
@@ -92,11 +93,7 @@ def from_folders(base: str | Path | BaseModel, adapter: str | Path | None) -> Ex
         layer = load_model(model, progress=progress)
         if named is None:
             return layer
-        from peft_deploy.adapters.lora import LoRAModel
-
-        adapted = LoRAModel.from_pretrained(layer, named.adapter.path)
-        adapted.eval()
-        return adapted
+        return _with_adapter(layer, named.adapter)
 
     return ExportSource(
         name=model.name,
@@ -112,12 +109,24 @@ def from_folders(base: str | Path | BaseModel, adapter: str | Path | None) -> Ex
     )
 
 
-def read_named(text: str, model_config: Mapping[str, Any] | None = None) -> NamedAdapter:
-    """The adapter in a folder, given as ``FOLDER`` or ``NAME=FOLDER``.
+def _with_adapter(layer: nn.Layer, adapter: Adapter) -> nn.Layer:
+    from peft_deploy.adapters.lora import LoRAModel
+
+    if detect(adapter.path)[0] is AdapterFormat.PADDLE:
+        adapted = LoRAModel.from_pretrained(layer, adapter.path)
+    else:  # what was read, in the form that PaddleNLP's format would have; the reference is float32
+        adapted = LoRAModel(layer, replace(adapter.config, dtype=EXPORT_DTYPE))
+        adapted.set_state_dict(adapter.state)
+    adapted.eval()
+    return adapted
+
+
+def read_named(text: str, base: BaseModel) -> NamedAdapter:
+    """The adapter in a folder, given as ``FOLDER`` or ``NAME=FOLDER``; PaddleNLP's, PEFT's or an .onnx_adapter file.
 
     Args:
         text: what was given.
-        model_config: the base model's config.json, by which the files of tensor-parallel ranks are put together.
+        base: the base model, which gives tensors of other formats their names.
 
     Raises:
         AdapterError: it cannot be read.
@@ -131,4 +140,11 @@ def read_named(text: str, model_config: Mapping[str, Any] | None = None) -> Name
     name = name or re.sub(r"[^\w.-]+", "-", path.resolve().name).strip("-.") or "default"
     if not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
         raise ConfigError(f"the adapter name {name!r} may hold only letters, digits and . _ -")
-    return NamedAdapter(name, read_adapter(path, model_config=model_config))
+    adapter = read_lora(
+        path,
+        base.family.name_map,
+        num_layers=base.dims.num_layers,
+        tied=base.tensors.tied,
+        model_config=base.config,
+    )
+    return NamedAdapter(name, adapter)

@@ -1,0 +1,84 @@
+"""The places of a bundle's graph that an adapter can fill: inputs with a default, which onnxruntime may override."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from peft_deploy.errors import AdapterError, BundleError, listed
+from peft_deploy.weights.source import Array
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One such input.
+
+    Args:
+        name: in the graph.
+        dtype: numpy's name of its element type.
+        dims: an int for a fixed dimension, a name for one that is left open.
+    """
+
+    name: str
+    dtype: str
+    dims: tuple[int | str, ...]
+
+    def takes(self, array: Array) -> bool:
+        """Whether the array has the slot's type, and its size in every fixed dimension."""
+        return (
+            array.dtype.name == self.dtype
+            and array.ndim == len(self.dims)
+            and all(
+                d == n for d, n in zip(self.dims, array.shape, strict=True) if isinstance(d, int)
+            )
+        )
+
+    def __str__(self) -> str:
+        return f"{self.dtype} [{', '.join(map(str, self.dims))}]"
+
+
+def read_slots(model: Path) -> dict[str, Slot]:
+    """All slots of a graph by name; no weight is read.
+
+    Raises:
+        BundleError: the file is not an ONNX model.
+    """
+    import onnx_ir as ir
+
+    try:
+        graph = ir.load(model).graph
+    except Exception as exc:  # protobuf's and onnx-ir's errors have no common base
+        raise BundleError(f"{model} is not an ONNX model, or is damaged: {exc}") from exc
+    slots = {}
+    for value in graph.inputs:
+        if value.name is None or value.name not in graph.initializers or value.dtype is None:
+            continue
+        dims = () if value.shape is None else tuple(value.shape)
+        slots[value.name] = Slot(
+            value.name,
+            value.dtype.numpy().name,
+            tuple(d if isinstance(d, int) else str(d.value) for d in dims),
+        )
+    return slots
+
+
+def check_slots(slots: Mapping[str, Slot], tensors: Mapping[str, Array], bundle: Path) -> None:
+    """Passes when a graph can take all tensors of an adapter.
+
+    Raises:
+        AdapterError: names that it does not have, other types or shapes.
+    """
+    unknown = [name for name in tensors if name not in slots]
+    if unknown:
+        raise AdapterError(
+            f"the graph of {bundle} has no slots for these tensors of the adapter:\n{listed(unknown)}",
+            hint="export it again with slots for the modules that this adapter changes",
+        )
+    wrong = [
+        f"{name}: {array.dtype.name} {list(array.shape)}, the slot is {slots[name]}"
+        for name, array in tensors.items()
+        if not slots[name].takes(array)
+    ]
+    if wrong:
+        raise AdapterError(f"the slots of {bundle} are of another type or shape:\n{listed(wrong)}")
