@@ -9,6 +9,7 @@ import paddle
 import pytest
 from adapters_tiny import fill_branches, logits, tiny_llama
 from paddle import nn
+from paddlenlp import transformers
 
 from peft_deploy.adapters.lora import LoRAConfig, LoRAModel, mark_only_lora_as_trainable
 
@@ -83,3 +84,32 @@ def test_the_snippets_of_training_saving_and_loading(
     model = LoRAModel.from_pretrained(model, str(lora_path))
     model.eval()
     np.testing.assert_allclose(logits(model), tuned, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("target_modules", "layers"),
+    [
+        (["q", "v"], 6),  # of the encoder's attention, and of both of the decoder's
+        (".*decoder.*(SelfAttention|EncDecAttention).*(q|v)$", 4),
+    ],
+)
+def test_the_patterns_that_the_parameters_of_lora_config_name(
+    target_modules: object, layers: int
+) -> None:
+    paddle.seed(0)
+    sizes = {"vocab_size": 40, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_heads": 2}
+    config = transformers.T5Config(**sizes, num_layers=1, dropout_rate=0.0)
+    base = transformers.T5ForConditionalGeneration(config)
+    base.eval()
+    ids = {name: paddle.to_tensor([[3, 5, 7, 9]]) for name in ("input_ids", "decoder_input_ids")}
+    before = base(**ids)[0].numpy()
+    model = LoRAModel(base, LoRAConfig(r=2, lora_alpha=4, target_modules=target_modules))
+    trained = [name for name, p in model.named_parameters() if not p.stop_gradient]
+    assert len(trained) == 2 * layers
+    assert {name.split(".")[-2] for name in trained} == {"q", "v"}
+    fill_branches(model)
+    tuned = model(**ids)[0].numpy()
+    assert np.abs(tuned - before).max() > 1e-3
+    model.merge()
+    np.testing.assert_allclose(model(**ids)[0].numpy(), tuned, atol=1e-5)
