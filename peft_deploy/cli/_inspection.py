@@ -34,6 +34,13 @@ _STATES = {
     "listed": "dim",
 }
 
+_FORMATS = {
+    "paddle": "PaddleNLP's",
+    "hf": "Hugging Face PEFT's",
+    "onnx": "onnxruntime's (.onnx_adapter)",
+}
+_UNNAMED = "made of PaddleNLP's names, which only the base model tells"
+
 Rows = list[tuple[str, str | Text]]
 
 
@@ -106,17 +113,18 @@ def _sizes(prefix: str, files: Iterable[FileSize]) -> str:
 
 def _adapter(found: AdapterInspection) -> RenderableType:
     rows: Rows = [
-        ("method", f"{found.method}, rank {found.rank}"),
+        ("format", _FORMATS[found.format]),
+        ("method", f"{found.method}, rank {_ranks(found)}"),
         (
             "scaling",
             f"{found.scaling:g} (alpha {found.alpha:g}), dropout {found.dropout:g} in training",
         ),
         ("base model", found.base_name or "not recorded"),
-        ("targets", f"{found.modules} modules; patterns {', '.join(found.target_modules)}"),
+        ("targets", f"{found.modules} modules{_patterns(found)}"),
         ("values", _parameters(found.stored) + ", all finite"),
         ("change", _change(found)),
         ("files", _sizes("", found.files)),
-        ("fingerprint", found.fingerprint[:_SHORT]),
+        ("fingerprint", found.fingerprint[:_SHORT] if found.fingerprint else _UNNAMED),
         ("provenance", _provenance(found.provenance)),
     ]
     if found.replaced:
@@ -148,6 +156,14 @@ def _prefix(found: PrefixInspection) -> RenderableType:
         ("provenance", _provenance(found.provenance)),
     ]
     return _sheet("prefix", found.path, rows)
+
+
+def _ranks(found: AdapterInspection) -> str:
+    return ", ".join(map(str, found.ranks)) or str(found.rank)
+
+
+def _patterns(found: AdapterInspection) -> str:
+    return f"; patterns {', '.join(found.target_modules)}" if found.target_modules else ""
 
 
 def _change(found: AdapterInspection) -> Text:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from peft_deploy.adapters.formats import Adapter, read_adapter
+from peft_deploy.adapters.formats import read_adapter
 from peft_deploy.adapters.formats.paddlenlp import WEIGHT_FILES
 from peft_deploy.adapters.formats.ranks import RANK_FILE
 from peft_deploy.adapters.provenance import describe
@@ -60,8 +60,11 @@ class AdapterInspection:
         stored: what the file holds.
         files: the adapter's files.
         norm: Frobenius norm of all changes scaling · A · B together.
-        fingerprint: identifies the adapter, scaling included.
+        fingerprint: identifies the adapter, scaling included; None where only the base model tells the names
+            of its modules that it is made of.
         provenance: what the folder says of its origin; None when it says nothing.
+        format: ``paddle``, ``hf`` or ``onnx``.
+        ranks: all ranks that modules have, ascending.
     """
 
     path: Path
@@ -79,8 +82,10 @@ class AdapterInspection:
     stored: TensorTotals
     files: tuple[FileSize, ...]
     norm: float
-    fingerprint: str
+    fingerprint: str | None
     provenance: Mapping[str, Any] | None
+    format: str = "paddle"
+    ranks: tuple[int, ...] = ()
 
     @property
     def modules(self) -> int:
@@ -131,13 +136,14 @@ def inspect_adapter(folder: Path) -> AdapterInspection:
         target_modules=tuple(config.target_patterns),
         trainable_modules=tuple(config.trainable_patterns),
         trainable_bias=config.trainable_bias,
-        targets=_groups(adapter, norms),
+        targets=target_groups(adapter.pairs, norms),
         replaced=tuple(info_of(name, array) for name, array in adapter.replacements.items()),
         stored=TensorTotals.of(info_of(name, array) for name, array in adapter.state.items()),
         files=file_sizes(_files(folder), folder),
         norm=math.sqrt(sum(norm * norm for norm in norms.values())),
         fingerprint=adapter.fingerprint,
         provenance=describe(adapter.provenance),
+        ranks=tuple(sorted({pair.rank for pair in adapter.pairs.values()})),
     )
 
 
@@ -156,15 +162,18 @@ def grouped_name(module: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in module.split("."))
 
 
-def _groups(adapter: Adapter, norms: Mapping[str, float]) -> tuple[TargetGroup, ...]:
+def target_groups(
+    pairs: Mapping[str, LoraPair], norms: Mapping[str, float]
+) -> tuple[TargetGroup, ...]:
+    """The modules, grouped by :func:`grouped_name`, with the norms of their changes."""
     members: dict[str, list[str]] = defaultdict(list)
-    for module in adapter.pairs:
+    for module in pairs:
         members[grouped_name(module)].append(module)
     return tuple(
         TargetGroup(
             pattern=pattern,
             count=len(modules),
-            shapes=tuple(sorted({adapter.pairs[m].shape for m in modules})),
+            shapes=tuple(sorted({pairs[m].shape for m in modules})),
             smallest=min(norms[m] for m in modules),
             largest=max(norms[m] for m in modules),
             unchanged=sum(norms[m] == 0 for m in modules),

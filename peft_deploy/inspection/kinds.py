@@ -6,6 +6,7 @@ from enum import Enum
 from pathlib import Path
 
 from peft_deploy.adapters.formats.paddlenlp import WEIGHT_FILES as ADAPTER_WEIGHTS
+from peft_deploy.adapters.formats.peft_files import PEFT_WEIGHTS_NAME
 from peft_deploy.adapters.formats.prefix import PREFIX_WEIGHTS_NAME
 from peft_deploy.base.folder import CONFIG
 from peft_deploy.bundle import MANIFEST, MODEL
@@ -14,6 +15,7 @@ from peft_deploy.errors import CheckpointError, listed
 from peft_deploy.inspection.adapter import AdapterInspection, inspect_adapter
 from peft_deploy.inspection.bundle import BundleInspection, inspect_bundle
 from peft_deploy.inspection.checkpoint import CheckpointInspection, inspect_checkpoint
+from peft_deploy.inspection.foreign import inspect_foreign, is_foreign
 from peft_deploy.inspection.prefix import PrefixInspection, inspect_prefix
 from peft_deploy.weights.checkpoint import WEIGHT_FILES
 
@@ -63,7 +65,7 @@ def inspect(
     if kind is Kind.BUNDLE:
         return inspect_bundle(place, verify=verify)
     if kind is Kind.ADAPTER:
-        return inspect_adapter(place)
+        return inspect_foreign(place) if is_foreign(place) else inspect_adapter(place)
     if kind is Kind.PREFIX:
         return inspect_prefix(place)
     return inspect_checkpoint(place)
@@ -97,6 +99,10 @@ def kind_of(path: Path) -> tuple[Kind, Path]:
 
 def _kind_of_file(path: Path) -> tuple[Kind, Path]:
     folder = path.parent
+    if is_foreign(path):
+        return Kind.ADAPTER, path
+    if path.name == PEFT_WEIGHTS_NAME and is_foreign(folder):
+        return Kind.ADAPTER, folder
     if path.name in (MANIFEST, MODEL) and (folder / MANIFEST).is_file():
         return Kind.BUNDLE, folder
     if path.name in (*ADAPTER_CONFIGS, *ADAPTER_WEIGHTS, *_PREFIX_FILES):
