@@ -1,4 +1,5 @@
-"""Run by two processes that fleet makes tensor-parallel ranks: saves an adapter both ways.
+"""Run by two processes that fleet makes tensor-parallel ranks: saves an adapter both ways, and
+reads either again.
 
 Usage: save_from_ranks.py FOLDER DTYPE
 """
@@ -14,6 +15,7 @@ from peft_deploy.environment import require_paddle
 require_paddle("this script")
 
 import numpy as np  # noqa: E402
+import paddle  # noqa: E402
 from paddle import nn  # noqa: E402
 from paddle.distributed import fleet  # noqa: E402
 from paddle.distributed.fleet.meta_parallel import (  # noqa: E402
@@ -21,7 +23,7 @@ from paddle.distributed.fleet.meta_parallel import (  # noqa: E402
     RowParallelLinear,
 )
 
-from peft_deploy.adapters.arrays import assign  # noqa: E402
+from peft_deploy.adapters.arrays import assign, to_array  # noqa: E402
 from peft_deploy.adapters.lora import LoRAConfig, LoRAModel  # noqa: E402
 
 
@@ -47,6 +49,13 @@ def main(folder: Path, dtype: str) -> None:
             assign(parameter, generator.standard_normal(parameter.shape))
     model.save_pretrained(folder / "whole")
     model.save_pretrained(folder / "ranks", merge_tensor_parallel=False)
+    paddle.distributed.barrier()
+    for name in ("whole", "ranks"):
+        again = LoRAModel.from_pretrained(Block(ranks=2), folder / name)
+        read = again.get_trainable_state_dict()
+        for key, parameter in model.get_trainable_state_dict().items():
+            np.testing.assert_array_equal(to_array(read[key]), to_array(parameter))
+    (folder / f"done-{rank}").touch()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Two processes as fleet's tensor-parallel ranks, over gloo: what they save together."""
+"""Two processes as fleet's tensor-parallel ranks, over gloo: what they save together and read again."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ def test_two_processes_save_one_adapter(tmp_path: Path) -> None:
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    assert all((tmp_path / f"done-{rank}").exists() for rank in range(2))
     whole = read_adapter(tmp_path / "whole")
     ranks = [read_adapter(tmp_path / "ranks", variant=f"tp0{rank}").state for rank in range(2)]
     assert len(whole.state) == 6
