@@ -84,4 +84,6 @@ def convert_command(
     if as_json:
         emit_json(result.to_dict())
     else:
-        say(str(result))
+        from rich.markup import escape
+
+        say(escape(str(result)))

@@ -38,6 +38,7 @@ from peft_deploy.weights import Array, LoraPair, cast_array
 from peft_deploy.workflows.adapter_target import AdapterTarget, find_target
 
 ONNX_DTYPE = "float32"  # of the graphs that export writes
+_NO_MODEL_VERSION = (0, 1)  # not said; what onnxruntime's examples and Olive write
 _MARKS = {
     (AdapterFormat.PADDLE, Method.LORA): LORA_CONFIG_NAME,
     (AdapterFormat.PADDLE, Method.PREFIX): PREFIX_CONFIG_NAME,
@@ -152,6 +153,8 @@ def convert_adapter(
     )
     refuse_unmergeable(adapter)
     target.check(adapter)
+    if format is AdapterFormat.ONNX:
+        _warn_of_base(source, target)
     if wanted is AdapterFormat.ONNX:
         return _to_onnx(result, adapter, target, dtype)
     adapter = adapter if dtype is None else _cast(adapter, dtype, dims.num_layers)
@@ -266,6 +269,18 @@ def _convert_prefix(
 
 def _read_prefix(path: Path, format: AdapterFormat, target: AdapterTarget) -> PrefixAdapter:
     return read_peft_prefix(path, target.dims) if format is AdapterFormat.HF else read_prefix(path)
+
+
+def _warn_of_base(source: Path, target: AdapterTarget) -> None:
+    found, own = read_onnx_file(source).model_version, model_version(target.fingerprint())
+    if found not in (
+        *_NO_MODEL_VERSION,
+        own,
+    ):  # the same weights in another element type have another, too
+        warnings.warn(
+            f"{source} was written for a base model with the model_version {found}; that of {target.path} is {own}",
+            stacklevel=3,
+        )
 
 
 def _warn_of_positions(prefix: PrefixAdapter) -> None:

@@ -110,6 +110,18 @@ def test_paddle_to_onnx_and_back(
     assert again.config.scaling == 1
 
 
+def test_a_file_for_another_base_model(
+    tmp_path: Path,
+    base: BaseModel,
+    lora: Callable[..., Path],
+    make_tiny_llama: Callable[..., Path],
+) -> None:
+    file, other = tmp_path / "a.onnx_adapter", make_tiny_llama(seed=7)
+    convert_adapter(lora(), file, to="onnx", base=base.path)
+    with pytest.warns(UserWarning, match="was written for a base model with the model_version"):
+        convert_adapter(file, tmp_path / "back", to="paddle", base=other)
+
+
 def test_a_scaling_of_one_keeps_every_bit(
     tmp_path: Path, base: BaseModel, lora: Callable[..., Path]
 ) -> None:
