@@ -15,6 +15,7 @@ from peft_deploy.adapters.provenance import Provenance, WeightSample
 from peft_deploy.base import open_base
 from peft_deploy.cli import cli
 from peft_deploy.config import LoRAConfig
+from peft_deploy.config.export import ExportOptions
 from peft_deploy.errors import AdapterError, OutputError, UnsupportedModelError
 from peft_deploy.families import parallel_axes
 from peft_deploy.inspection import inspect
@@ -97,6 +98,19 @@ def test_ranks_are_merged_into_a_base_directly(
     base = stored(tiny_llama)[0]
     assert all(first[name].tobytes() == second[name].tobytes() for name in second)
     assert sum(first[name].tobytes() != base[name].tobytes() for name in base) == 14
+
+
+def test_ranks_are_exported_directly(
+    ranks: Path, tuned: Path, tiny_llama: Path, tmp_path: Path
+) -> None:
+    for name, adapter in (("ranks", ranks), ("whole", tuned)):
+        options = ExportOptions(merge=True, validate=name == "ranks")
+        result = peft_deploy.export(
+            tiny_llama, tmp_path / name / "out", adapter=adapter, options=options
+        )
+        assert result.parity is None or result.parity.passed
+    files = [tmp_path / name / "out" / "model.onnx.data" for name in ("ranks", "whole")]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_ranks_are_inspected_as_the_adapter_that_they_make(ranks: Path, tuned: Path) -> None:
