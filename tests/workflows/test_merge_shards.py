@@ -106,10 +106,10 @@ def test_ranks_are_exported_directly(
     for name, adapter in (("ranks", ranks), ("whole", tuned)):
         options = ExportOptions(merge=True, validate=name == "ranks")
         result = peft_deploy.export(
-            tiny_llama, tmp_path / name / "out", adapter=adapter, options=options
+            tiny_llama, tmp_path / f"out-{name}", adapter=adapter, options=options
         )
         assert result.parity is None or result.parity.passed
-    files = [tmp_path / name / "out" / "model.onnx.data" for name in ("ranks", "whole")]
+    files = [tmp_path / f"out-{name}" / "model.onnx.data" for name in ("ranks", "whole")]
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
