@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from peft_deploy.errors import CheckpointError
+from peft_deploy.errors import CheckpointError, listed
 from peft_deploy.families import DecoderDims, DecoderFamily, find_family
 from peft_deploy.weights import CanonicalTensors, open_checkpoint
 
@@ -70,6 +70,23 @@ class BaseModel:
         """Identifies the weights, whatever the layout or file format they are stored in."""
         return self.tensors.fingerprint()
 
+    def check_names(self) -> None:
+        """Fails when the weights are not those of a model with this many layers. Reads no data.
+
+        Raises:
+            CheckpointError: names are missing, or unexpected.
+        """
+        expected = self.family.name_map.parameters(self.dims.num_layers)
+        expected -= self.tensors.tied.keys()
+        found = set(self.tensors.names())
+        if found != expected:
+            raise CheckpointError(
+                f"{self.path}: the weights are not those of a model with "
+                f"{self.dims.num_layers} layers, as its {CONFIG} says"
+                + (f"; missing:\n{listed(expected - found)}" if expected - found else "")
+                + (f"; unexpected:\n{listed(found - expected)}" if found - expected else "")
+            )
+
     def companions(self) -> list[Path]:
         """Tokenizer and generation files that are there."""
         return companions_in(self.path)
@@ -88,6 +105,8 @@ def open_base(path: str | Path) -> BaseModel:
             family needs.
         UnsupportedModelError: no family claims it, or its family refuses it.
     """
+    if not str(path).strip():
+        raise CheckpointError("--base is empty", hint="give the base model's folder")
     folder = Path(path).expanduser()
     if not folder.exists():
         from peft_deploy.base.hub import download
@@ -100,13 +119,55 @@ def open_base(path: str | Path) -> BaseModel:
         )
     config = _read_config(folder)
     _refuse_adapter(folder)
+    _check_entries(folder / CONFIG, config)
     family = find_family(config)
     try:
         family.paddle_arguments(config)
-        family.dims(config)
+        sizes = asdict(family.dims(config))
     except KeyError as exc:
         raise CheckpointError(f"{folder / CONFIG} lacks the entry {exc}") from exc
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as exc:
+        raise CheckpointError(f"{folder / CONFIG} has an entry of the wrong type: {exc}") from exc
+    if odd := {name: size for name, size in sizes.items() if type(size) is not int or size < 1}:
+        raise CheckpointError(
+            f"{folder / CONFIG} gives sizes that are no positive whole numbers: {odd}"
+        )
     return BaseModel(folder, config, family)
+
+
+def _check_entries(path: Path, config: Mapping[str, Any]) -> None:
+    """The entries that every reader relies on.
+
+    Raises:
+        CheckpointError: one has another type than it should.
+    """
+    named = config.get("architectures")
+    if named is not None and not _is_list_of(str, named):
+        raise CheckpointError(f"{path}: architectures is {named!r}, not a list of names")
+    for key, several in (("bos_token_id", False), ("eos_token_id", True), ("pad_token_id", False)):
+        value = config.get(key)
+        if type(value) is int or value is None or (several and _is_list_of(int, value)):
+            continue
+        raise CheckpointError(f"{path}: {key} is {value!r}, not a token's number")
+
+
+def _is_list_of(kind: type, value: object) -> bool:
+    return isinstance(value, list) and all(type(item) is kind for item in value)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that belongs to a model.
+
+    Raises:
+        CheckpointError: it cannot be read, or is no JSON object.
+    """
+    try:
+        data = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as exc:
+        raise CheckpointError(f"{path} cannot be read: {exc}") from exc
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, not a {type(data).__name__}")
+    return data
 
 
 def _refuse_adapter(folder: Path) -> None:
@@ -131,10 +192,4 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"{folder} has no {CONFIG}; it holds {there}",
             hint="this is an adapter: pass it with --adapter" if is_adapter(folder) else None,
         )
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as exc:
-        raise CheckpointError(f"{path} cannot be read: {exc}") from exc
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, not a {type(config).__name__}")
-    return config
+    return read_json(path)

@@ -6,14 +6,22 @@ Every command is imported when it is called, so that ``--help`` needs nothing bu
 from __future__ import annotations
 
 import importlib
+import signal
+import sys
 
 import click
 
 __all__ = ["cli", "main"]
 
+_SIGNALLED = 128  # what shells add to the number of the signal that ended a program
+
 # Command → (module, attribute, the line that --help shows). Kept here so that help imports no command.
 _COMMANDS = {
-    "train": ("peft_deploy.cli.train", "train_command", "Fine-tune a model with LoRA."),
+    "train": (
+        "peft_deploy.cli.train",
+        "train_command",
+        "Fine-tune a model with LoRA or a prefix.",
+    ),
     "export": (
         "peft_deploy.cli.export",
         "export_command",
@@ -64,4 +72,20 @@ def cli() -> None:
 
 def main() -> None:
     """Entry point of the ``peft-deploy`` script."""
-    cli(prog_name="peft-deploy")
+    received: list[int] = [signal.SIGINT]
+
+    def stop(number: int, _frame: object) -> None:
+        # As Ctrl-C does: so that what was begun is put away and the converter's process ended.
+        received[:] = [number]
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        status = cli.main(prog_name="peft-deploy", standalone_mode=False)
+        sys.exit(status if isinstance(status, int) else 0)
+    except click.ClickException as exc:
+        exc.show()
+        sys.exit(exc.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted; nothing was left half-written", err=True)
+        sys.exit(_SIGNALLED + received[0])

@@ -18,7 +18,6 @@ from peft_deploy.environment import DEBUG_VARIABLE
 from peft_deploy.errors import PeftDeployError
 
 F = TypeVar("F", bound=Callable[..., Any])
-INTERRUPTED = 130  # what shells report for a program that Ctrl-C ended
 
 
 def common_options(command: F) -> F:
@@ -44,15 +43,16 @@ def common_options(command: F) -> F:
         except PeftDeployError as exc:
             fail(exc, debug=debug, as_json=bool(kwargs.get("as_json")))
         except KeyboardInterrupt:
-            say("[yellow]interrupted[/]; nothing was left half-written")
-            sys.exit(INTERRUPTED)
-        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise click.Abort from None
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise
         except Exception as exc:
             if debug:
                 raise
             from rich.markup import escape
 
+            if kwargs.get("as_json"):
+                emit_json({"error": type(exc).__name__, "message": str(exc), "hint": None})
             say(f"[bold red]internal error:[/] {type(exc).__name__}: {escape(str(exc))}")
             say("[bold]hint:[/]  run again with --debug for the traceback, and please report it")
             sys.exit(PeftDeployError.exit_code)

@@ -48,10 +48,19 @@ class ConversionJob:
         self._folder = Path(tempfile.mkdtemp(prefix="peft-deploy-"))
         request = {"config": dict(config), "opset": opset}
         (self._folder / REQUEST_FILE).write_text(json.dumps(request), "utf-8")
-        reading, writing = os.pipe()
-        self._events = reading
+        self._events, writing = os.pipe()
+        try:
+            self._process = self._start(writing)
+        except BaseException:
+            os.close(self._events)
+            shutil.rmtree(self._folder, ignore_errors=True)
+            raise
+        finally:
+            os.close(writing)
+
+    def _start(self, writing: int) -> subprocess.Popen[bytes]:
         with (self._folder / LOG_FILE).open("wb") as log:
-            self._process = subprocess.Popen(
+            return subprocess.Popen(
                 [sys.executable, "-m", f"{__package__}.worker", str(self._folder), str(writing)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -60,7 +69,6 @@ class ConversionJob:
                 env=self._environment(),
                 start_new_session=True,  # Ctrl-C reaches us alone, and we end the child
             )
-        os.close(writing)
 
     def __enter__(self) -> ConversionJob:
         return self

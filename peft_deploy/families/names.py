@@ -52,6 +52,12 @@ class NameMap:
         """Hugging Face's name of a PaddleNLP parameter; None for a name that is not in the map."""
         return _map(self._from_paddle, paddle)
 
+    def parameters(self, num_layers: int) -> set[str]:
+        """PaddleNLP's names of all parameters of a model with so many layers."""
+        return {
+            rule.paddle.replace("{i}", str(i)) for rule in self.rules for i in range(num_layers)
+        }
+
     def module_to_huggingface(self, paddle: str) -> str:
         """Hugging Face's path of a module, for names of nodes; the same path when no parameter lies under it."""
         parts = paddle.split(".")

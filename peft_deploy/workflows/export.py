@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft_deploy.base import BaseModel, open_base
+from peft_deploy.base.folder import read_json
 from peft_deploy.bundle import (
     MODEL,
     MODEL_DATA,
@@ -27,6 +28,7 @@ from peft_deploy.config.export import ExportOptions
 from peft_deploy.convert import ConversionJob
 from peft_deploy.errors import ConfigError, ParityError
 from peft_deploy.progress import Progress, Silent
+from peft_deploy.text import Tokenizer
 from peft_deploy.workflows.sources import EXPORT_DTYPE, ExportSource, from_folders
 
 if TYPE_CHECKING:
@@ -157,6 +159,7 @@ def _fill(
     from peft_deploy.convert import WeightFile, stream_weights
     from peft_deploy.workflows.graph import finish_graph
 
+    generation = _read_companions(source)
     tensors = source.merged(EXPORT_DTYPE)
     fingerprint = source.fingerprint()
     folder.require_space(sum(tensors.info(name).nbytes for name in tensors.names()))
@@ -166,21 +169,33 @@ def _fill(
         clock.phase("Finishing the graph")
         source.check(converted.shapes)
         graph = finish_graph(converted, source, file, options.opset, folder.path / MODEL)
-    _write_configs(folder, source)
+    _write_configs(folder, source, generation)
     hashes = folder.hashes({MODEL_DATA: file.sha256})
     manifest = _manifest(source, options, converted, hashes, fingerprint, graph)
     folder.seal(manifest)
     return manifest
 
 
-def _write_configs(folder: BundleFolder, source: ExportSource) -> None:
+def _read_companions(source: ExportSource) -> dict[str, Any] | None:
+    """Generation settings, if any; a damaged file is to be known before the work and not after it.
+
+    Raises:
+        CheckpointError: one of the files cannot be read.
+    """
+    files = {path.name: path for path in source.companions}
+    if "tokenizer.json" in files:
+        Tokenizer.from_folder(files["tokenizer.json"].parent)
+    path = files.get("generation_config.json")
+    return None if path is None else read_json(path)
+
+
+def _write_configs(
+    folder: BundleFolder, source: ExportSource, generation: dict[str, Any] | None
+) -> None:
     for file in source.companions:
         folder.copy(file)
     config = source.family.huggingface_config(source.config)
-    generation = next((p for p in source.companions if p.name == "generation_config.json"), None)
-    tokens = special_token_ids(
-        source.config, None if generation is None else json.loads(generation.read_text("utf-8"))
-    )
+    tokens = special_token_ids(source.config, generation)
     genai = genai_config(source.family.model_type, source.family.dims(source.config), tokens)
     folder.write_text("config.json", _json(config))
     folder.write_text("genai_config.json", _json(genai))

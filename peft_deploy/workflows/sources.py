@@ -83,6 +83,7 @@ def from_folders(base: str | Path | BaseModel, adapter: str | Path | None) -> Ex
             the adapter already.
     """
     model = base if isinstance(base, BaseModel) else open_base(base)
+    model.check_names()
     named = None if adapter is None else read_named(str(adapter), model)
     if named is not None:
         check_lineage(model, named.adapter)

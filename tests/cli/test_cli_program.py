@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import inspect as python_inspect
 import json
+import signal
 from importlib.metadata import version
 
 import click
 import pytest
 from click.testing import CliRunner, Result
 
+from peft_deploy import cli as program
 from peft_deploy import errors
 from peft_deploy.cli import cli
-from peft_deploy.cli._common import INTERRUPTED, common_options, emit_json
+from peft_deploy.cli._common import common_options, emit_json
 from peft_deploy.environment import DEBUG_VARIABLE
 from peft_deploy.errors import PeftDeployError
 
@@ -118,10 +120,23 @@ def test_what_nobody_foresaw() -> None:
         raise raising(RuntimeError("surprise"), "--debug").exception or AssertionError
 
 
-def test_interruption() -> None:
+def test_interruption(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Ctrl-C inside a command; tests/flows has the real signals."""
     result = raising(KeyboardInterrupt())
-    assert result.exit_code == INTERRUPTED
-    assert "interrupted" in result.stderr and "Traceback" not in result.stderr
+    assert isinstance(result.exception, SystemExit) and "Traceback" not in result.stderr
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def interrupted(**_options: object) -> None:
+        raise click.Abort
+
+    monkeypatch.setattr(program.cli, "main", interrupted)
+    try:
+        with pytest.raises(SystemExit) as caught:
+            program.main()
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert caught.value.code == 128 + signal.SIGINT
+    assert "interrupted" in capsys.readouterr().err
 
 
 def test_json_keeps_letters_of_all_languages() -> None:

@@ -282,7 +282,8 @@ def test_a_bundle_that_fails_the_check_is_not_left_in_place(
 
 
 @pytest.mark.convert
-def test_ctrl_c_leaves_nothing_behind(tiny_llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_nothing_behind(number: int, tiny_llama: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     command = [sys.executable, "-m", "peft_deploy", "export", "--base", tiny_llama]
     process = subprocess.Popen(
@@ -296,9 +297,9 @@ def test_ctrl_c_leaves_nothing_behind(tiny_llama: Path, tmp_path: Path) -> None:
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob(".out*")) and time.monotonic() < deadline:
         time.sleep(0.05)  # until it has begun to write and the converter's process runs
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
+    assert process.returncode == 128 + number, errors
     assert "interrupted" in errors
     assert list(tmp_path.iterdir()) == []
 
@@ -318,3 +319,50 @@ def test_adapter_name_with_odd_characters(
 ) -> None:
     with pytest.raises(ConfigError, match="a/b"):
         peft_deploy.export(tiny_llama, tmp_path / "out", adapter=f"a/b={tiny_adapter}")
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [
+        ("hidden_size", "48"),
+        ("num_attention_heads", 0),
+        ("num_hidden_layers", -1),
+        ("rope_scaling", "linear"),
+        ("architectures", [3]),
+        ("architectures", "LlamaForCausalLM"),
+        ("eos_token_id", ["2"]),
+        ("pad_token_id", [0]),
+    ],
+)
+def test_damaged_configuration(
+    entry: str, value: object, tiny_llama: Path, tmp_path: Path
+) -> None:
+    base = shutil.copytree(tiny_llama, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text("utf-8"))
+    (base / "config.json").write_text(json.dumps({**config, entry: value}), "utf-8")
+    result = run("export", "--base", base, "--output", tmp_path / "out", "--dry-run")
+    assert result.exit_code == 3, result.stderr
+    assert "config.json" in result.stderr
+
+
+def test_a_dry_run_counts_the_layers(tiny_llama: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(tiny_llama, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text("utf-8"))
+    (base / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}), "utf-8")
+    result = run("export", "--base", base, "--output", tmp_path / "out", "--dry-run")
+    assert result.exit_code == 3
+    assert "llama.layers.2." in result.stderr
+
+
+@pytest.mark.convert
+@pytest.mark.parametrize("file", ["generation_config.json", "tokenizer.json"])
+def test_damaged_companions_are_found_before_the_work(
+    file: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    base = shutil.copytree(tiny_llama, tmp_path / "base")
+    (base / file).write_text("{ not json", "utf-8")
+    result = run("export", "--base", base, "--output", tmp_path / "out", "--no-validate")
+    assert result.exit_code in (2, 3), result.stderr
+    assert str(base / file) in result.stderr.replace("\n", "")
+    assert "Merging" not in result.stderr
+    assert nothing_left(tmp_path / "out")
