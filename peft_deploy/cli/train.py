@@ -92,6 +92,11 @@ _PREFIX = (
 @click.option("--keep-checkpoints", type=int, default=2, show_default=True)
 @click.option("--logging-steps", type=int, default=10, show_default=True)
 @click.option(
+    "--recompute",
+    is_flag=True,
+    help="Compute activations twice instead of keeping them: less memory, more time.",
+)
+@click.option(
     "--dtype",
     type=click.Choice(["float32", "float16", "bfloat16"]),
     default="float32",

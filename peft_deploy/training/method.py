@@ -52,6 +52,8 @@ def build_model(
 ) -> AdapterModel:
     """The base model with a fresh adapter, whose first values the seed decides."""
     model = load_model(base, options.dtype, progress)
+    if options.recompute:
+        model.recompute_enable()
     paddle.seed(options.seed)
     made: AdapterModel = (
         PrefixModelForCausalLM(model, config)

@@ -31,6 +31,7 @@ _FREE_ON_RESUME = frozenset(
         "save_steps",
         "keep_checkpoints",
         "logging_steps",
+        "recompute",
         "report_to",
         "resume",
         "force",
@@ -68,6 +69,8 @@ class TrainOptions:
         save_steps: steps between two checkpoints; none are written when None.
         keep_checkpoints: how many of them stay.
         logging_steps: steps between two lines of ``metrics.jsonl``.
+        recompute: compute every layer's activations again for the gradients instead of keeping them;
+            saves memory and costs about a third more time.
         dtype: of the base model's weights; 16-bit types need a GPU.
         report_to: services that also get the metrics, of :data:`REPORTERS`.
         resume: a checkpoint's folder, or ``"auto"`` for the latest one in ``output``.
@@ -99,6 +102,7 @@ class TrainOptions:
     save_steps: int | None = None
     keep_checkpoints: int = 2
     logging_steps: int = 10
+    recompute: bool = False
     dtype: str = "float32"
     report_to: tuple[str, ...] = ()
     resume: str | Path | None = None

@@ -201,3 +201,28 @@ def test_a_merged_model_in_memory_gives_the_same_bundle(
     ours, theirs = Manifest.read(tmp_path / "out"), Manifest.read(merged_bundle)
     assert ours.files["model.onnx.data"] == theirs.files["model.onnx.data"]
     assert model.merged
+
+
+def test_whole_tensors_of_an_adapter_take_the_bases_place(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    """A norm and the head, trained beside LoRA (``trainable_modules``)."""
+    import paddle
+
+    config = peft_deploy.LoRAConfig(
+        r=3, lora_alpha=6, target_modules=["q_proj"], trainable_modules=["lm_head", "llama.norm"]
+    )
+    model = peft_deploy.LoRAModel(load_model(open_base(tiny_llama)), config).eval()
+    for name, tensor in model.get_trainable_state_dict().items():
+        start = 0.0 if "lora" in name else tensor
+        tensor.set_value(start + 0.3 * paddle.randn(tensor.shape))
+    model.save_pretrained(tmp_path / "adapter")
+    result = peft_deploy.export(tiny_llama, tmp_path / "out", adapter=tmp_path / "adapter")
+    assert result.parity is not None and result.parity.passed
+    assert result.manifest is not None
+    (entry,) = result.manifest.adapters
+    assert entry["replaced"] == ["llama.norm.weight", "lm_head.weight"]
+    want_tokens, want = paddle_loop(model, PROMPT, 4)
+    got_tokens, got = plain_loop(tmp_path / "out", PROMPT, 4)
+    assert got_tokens == want_tokens
+    np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max())

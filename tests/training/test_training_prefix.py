@@ -217,3 +217,17 @@ def test_two_processes_learn_the_prefix_that_one_learns_with_batches_twice_as_la
     for name, array in wanted.items():
         np.testing.assert_allclose(found[name], array, rtol=1e-3, atol=1e-5)
         assert np.abs(alone[name] - array).max() > 1e-2  # one process alone learns another
+
+
+def test_recomputation_ends_in_the_same_prefix(
+    tiny_llama: Path, data: Path, tmp_path: Path
+) -> None:
+    prefix = PrefixConfig(num_prefix_tokens=P, prefix_projection=True)
+    short = {"prefix": prefix, "max_steps": 2, "learning_rate": 1e-3}
+    first = train(options(tiny_llama, data, tmp_path / "kept", **short))
+    second = train(options(tiny_llama, data, tmp_path / "twice", recompute=True, **short))
+    assert not first.model.model.llama.enable_recompute
+    assert second.model.model.llama.enable_recompute
+    kept, twice = weights(tmp_path / "kept"), weights(tmp_path / "twice")
+    for name, array in kept.items():
+        np.testing.assert_allclose(twice[name], array, rtol=1e-4, atol=1e-5, err_msg=name)
