@@ -12,8 +12,9 @@ started the child.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from peft_deploy.lazy import lazy_names
 
 if TYPE_CHECKING:
     from peft_deploy.convert.bind import bind_weights
@@ -34,19 +35,14 @@ __all__ = [
 ]
 
 _HOME = {
-    "ConversionJob": "process",
-    "ConvertedGraph": "graph",
-    "WeightFile": "weight_file",
-    "bind_weights": "bind",
-    "check_graph": "postflight",
-    "run_pipeline": "passes",
-    "stream_weights": "weight_file",
+    "ConversionJob": ".process",
+    "ConvertedGraph": ".graph",
+    "WeightFile": ".weight_file",
+    "bind_weights": ".bind",
+    "check_graph": ".postflight",
+    "run_pipeline": ".passes",
+    "stream_weights": ".weight_file",
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazy_names(__name__, _HOME)

@@ -8,8 +8,9 @@ bundle.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from peft_deploy.lazy import lazy_names
 
 if TYPE_CHECKING:
     from peft_deploy.training.encoding import Encoded, encode_records
@@ -30,21 +31,16 @@ __all__ = [
 ]
 
 _HOME = {
-    "Chat": "records",
-    "Completion": "records",
-    "Encoded": "encoding",
-    "Text": "records",
-    "TrainOptions": "options",
-    "TrainResult": "run",
-    "encode_records": "encoding",
-    "read_records": "records",
-    "train": "run",
+    "Chat": ".records",
+    "Completion": ".records",
+    "Encoded": ".encoding",
+    "Text": ".records",
+    "TrainOptions": ".options",
+    "TrainResult": ".run",
+    "encode_records": ".encoding",
+    "read_records": ".records",
+    "train": ".run",
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazy_names(__name__, _HOME)

@@ -14,6 +14,7 @@ LAYERS = (
     "signature",
     "environment",
     "progress",
+    "lazy",
     "atomic_folder",
     "diagnosis",
     "config",
