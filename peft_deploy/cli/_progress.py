@@ -19,9 +19,11 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 from rich.text import Text
 
 _ITEM_WIDTH = 48
+_WIDE = 120  # characters; below that, bars are short and the time elapsed is left out
 
 
 class RichProgress:
@@ -32,18 +34,7 @@ class RichProgress:
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(stderr=True, highlight=False)
-        self._bars = Progress(
-            SpinnerColumn(finished_text="[green]✓"),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            _Amount(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            _Memory(),
-            TextColumn("[dim]{task.fields[item]}", markup=True),
-            console=self._console,
-            transient=False,
-        )
+        self._bars = Progress(*_columns(self._console.width), console=self._console, expand=True)
         self._live = self._console.is_terminal
         self._current: TaskID | None = None
         self._title = ""
@@ -89,6 +80,24 @@ class RichProgress:
             total = task.total or 1
             self._bars.update(self._current, total=total, completed=total, item="")
         self._title, self._current = "", None
+
+
+def _columns(width: int) -> list[ProgressColumn]:
+    """What fits into a line of so many characters."""
+    wide = width >= _WIDE
+    columns: list[ProgressColumn] = [
+        SpinnerColumn(finished_text="[green]✓"),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24 if wide else 6),
+        _Amount(),
+        TimeRemainingColumn(compact=True),
+        _Memory(),
+    ]
+    if wide:
+        columns[4:4] = [TimeElapsedColumn()]
+    # What is being worked on, or the loss: in the space that is left, if any.
+    rest = Column(no_wrap=True, overflow="ellipsis", ratio=1)
+    return [*columns, TextColumn("[dim]{task.fields[item]}", table_column=rest)]
 
 
 class _Amount(ProgressColumn):
