@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from peft_deploy.config.json_file import read_object
 from peft_deploy.errors import CheckpointError, listed
 from peft_deploy.families import DecoderDims, DecoderFamily, find_family
 from peft_deploy.weights import CanonicalTensors, open_checkpoint
@@ -155,21 +155,6 @@ def _is_list_of(kind: type, value: object) -> bool:
     return isinstance(value, list) and all(type(item) is kind for item in value)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that belongs to a model.
-
-    Raises:
-        CheckpointError: it cannot be read, or is no JSON object.
-    """
-    try:
-        data = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as exc:
-        raise CheckpointError(f"{path} cannot be read: {exc}") from exc
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, not a {type(data).__name__}")
-    return data
-
-
 def _refuse_adapter(folder: Path) -> None:
     """Adapter folders have a config.json too, the base model's."""
     if is_adapter(folder) and not any(p.name.startswith(_WEIGHTS) for p in folder.iterdir()):
@@ -192,4 +177,4 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"{folder} has no {CONFIG}; it holds {there}",
             hint="this is an adapter: pass it with --adapter" if is_adapter(folder) else None,
         )
-    return read_json(path)
+    return read_object(path, CheckpointError)

@@ -1,4 +1,4 @@
-"""Small JSON files that appear whole or not at all."""
+"""Small JSON files: read as objects, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -8,7 +8,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peft_deploy.errors import OutputError
+from peft_deploy.errors import OutputError, PeftDeployError
+
+
+def read_object(path: Path, error: type[PeftDeployError]) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Args:
+        path: the file.
+        error: what to raise when it cannot be read, or holds something else.
+    """
+    try:
+        data = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as exc:
+        raise error(f"{path} cannot be read: {exc}") from exc
+    if not isinstance(data, dict):
+        raise error(f"{path} holds a {type(data).__name__}, not an object")
+    return data
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:

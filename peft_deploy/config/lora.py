@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import warnings
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_deploy.config.errors import LoRAConfigError, LoRAConfigTypeError
-from peft_deploy.config.json_file import make_folder, write_json
+from peft_deploy.config.json_file import make_folder, read_object, write_json
 from peft_deploy.errors import nearest
 
 LORA_CONFIG_NAME = "lora_config.json"
@@ -219,13 +218,7 @@ class LoRAConfig:
         Raises:
             LoRAConfigError: it cannot be read, or is not a JSON object.
         """
-        try:
-            data = json.loads(Path(path_json_file).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as exc:
-            raise LoRAConfigError(f"{path_json_file} cannot be read: {exc}") from exc
-        if not isinstance(data, dict):
-            raise LoRAConfigError(f"{path_json_file} holds a {type(data).__name__}, not an object")
-        return data
+        return read_object(Path(path_json_file), LoRAConfigError)
 
 
 def _as_list(patterns: list[str] | str | None) -> list[str]:

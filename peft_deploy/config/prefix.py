@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from dataclasses import asdict, dataclass, fields
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_deploy.config.errors import PrefixConfigError
-from peft_deploy.config.json_file import make_folder, write_json
+from peft_deploy.config.json_file import make_folder, read_object, write_json
 from peft_deploy.errors import nearest
 
 PREFIX_CONFIG_NAME = "prefix_config.json"
@@ -148,15 +147,7 @@ class PrefixConfig:
         Raises:
             PrefixConfigError: it cannot be read, or is not a JSON object.
         """
-        try:
-            data = json.loads(Path(path_json_file).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as exc:
-            raise PrefixConfigError(f"{path_json_file} cannot be read: {exc}") from exc
-        if not isinstance(data, dict):
-            raise PrefixConfigError(
-                f"{path_json_file} holds a {type(data).__name__}, not an object"
-            )
-        return data
+        return read_object(Path(path_json_file), PrefixConfigError)
 
 
 def _is_int(value: object) -> bool:

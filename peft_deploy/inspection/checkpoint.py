@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from peft_deploy.base import open_base
 from peft_deploy.base.folder import CONFIG, companions_in
+from peft_deploy.config.json_file import read_object
 from peft_deploy.errors import CheckpointError, UnsupportedModelError
 from peft_deploy.families import DecoderDims, find_family, known_architectures
 from peft_deploy.inspection.tensors import FileSize, TensorTotals, file_sizes
@@ -79,7 +78,7 @@ def inspect_checkpoint(path: Path) -> CheckpointInspection:
 
 
 def _with_config(folder: Path) -> CheckpointInspection:
-    config = read_config(folder)
+    config = read_object(folder / CONFIG, CheckpointError)
     known: dict[str, Any] = {
         "model_type": config.get("model_type"),
         "architectures": tuple(config.get("architectures") or ()),
@@ -99,22 +98,6 @@ def _with_config(folder: Path) -> CheckpointInspection:
         dims=base.dims,
         fingerprint=base.fingerprint,
     )
-
-
-def read_config(folder: Path) -> Mapping[str, Any]:
-    """A model's config.json.
-
-    Raises:
-        CheckpointError: it cannot be read, or is not a JSON object.
-    """
-    path = folder / CONFIG
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as exc:
-        raise CheckpointError(f"{path} cannot be read: {exc}") from exc
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, not a {type(config).__name__}")
-    return config
 
 
 def _fitting(checkpoint: Checkpoint) -> CanonicalTensors | None:

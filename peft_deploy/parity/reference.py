@@ -3,8 +3,6 @@
 Needs Paddle; imported by whoever needs it, never by the package.
 """
 
-# ruff: noqa: E402 (the environment has to be prepared before Paddle's first import)
-
 from __future__ import annotations
 
 from peft_deploy.environment import debugging, require_paddle

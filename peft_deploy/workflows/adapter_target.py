@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +14,7 @@ from peft_deploy.base import BaseModel, open_base
 from peft_deploy.base.folder import CONFIG
 from peft_deploy.bundle import MODEL, Manifest
 from peft_deploy.bundle.slots import Slot, read_slots
+from peft_deploy.config.json_file import read_object
 from peft_deploy.errors import AdapterError, BundleError, CheckpointError, ConfigError, listed
 from peft_deploy.families import DecoderDims, DecoderFamily, find_family
 from peft_deploy.weights import TensorSource
@@ -137,7 +137,7 @@ def find_target(base: str | Path | None, bundle: str | Path | None) -> AdapterTa
         return AdapterTarget(
             folder, model.config, model.family, lambda: recorded, model.tensors, folder
         )
-    config = _bundle_config(folder)
+    config = read_object(folder / CONFIG, BundleError)
     return AdapterTarget(folder, config, find_family(config), lambda: recorded, bundle=folder)
 
 
@@ -145,14 +145,3 @@ def _of_base(model: BaseModel) -> AdapterTarget:
     return AdapterTarget(
         model.path, model.config, model.family, lambda: model.fingerprint, model.tensors
     )
-
-
-def _bundle_config(folder: Path) -> Mapping[str, Any]:
-    path = folder / CONFIG
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as exc:
-        raise BundleError(f"{path} cannot be read: {exc}") from exc
-    if not isinstance(config, dict):
-        raise BundleError(f"{path} must hold a JSON object, not a {type(config).__name__}")
-    return config

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft_deploy.base import BaseModel, open_base
-from peft_deploy.base.folder import read_json
 from peft_deploy.bundle import (
     MODEL,
     MODEL_DATA,
@@ -25,8 +24,9 @@ from peft_deploy.bundle import (
 )
 from peft_deploy.bundle.folder import check_output
 from peft_deploy.config.export import ExportOptions
+from peft_deploy.config.json_file import read_object
 from peft_deploy.convert import ConversionJob
-from peft_deploy.errors import ConfigError, ParityError
+from peft_deploy.errors import CheckpointError, ConfigError, ParityError
 from peft_deploy.progress import Progress, Silent
 from peft_deploy.text import Tokenizer
 from peft_deploy.workflows.sources import EXPORT_DTYPE, ExportSource, from_folders
@@ -186,7 +186,7 @@ def _read_companions(source: ExportSource) -> dict[str, Any] | None:
     if "tokenizer.json" in files:
         Tokenizer.from_folder(files["tokenizer.json"].parent)
     path = files.get("generation_config.json")
-    return None if path is None else read_json(path)
+    return None if path is None else read_object(path, CheckpointError)
 
 
 def _write_configs(

@@ -23,6 +23,7 @@ NEED_PADDLE = (
     "peft_deploy.adapters.arrays",
     "peft_deploy.adapters.lora",
     "peft_deploy.adapters.prefix",
+    "peft_deploy.adapters.state_dict",
     "peft_deploy.adapters.wrapper",
     "peft_deploy.base.dygraph",
     "peft_deploy.families.standins",
@@ -81,6 +82,7 @@ def test_a_missing_paddle_is_said_in_a_sentence() -> None:
     # These are only imported by modules that have said so already.
     quiet = below(
         "peft_deploy.adapters.arrays",
+        "peft_deploy.adapters.state_dict",
         "peft_deploy.adapters.wrapper",
         "peft_deploy.families.standins",
         "peft_deploy.workflows.in_memory",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from peft_deploy.adapters.formats.state_file import read_state
 from peft_deploy.config import LORA_CONFIG_NAME, PREFIX_CONFIG_NAME, LoRAConfig
+from peft_deploy.config.json_file import read_object
 from peft_deploy.errors import AdapterError, CheckpointError, UnsupportedModelError, listed
 from peft_deploy.families import find_family, parallel_axes
 from peft_deploy.weights.source import Array
@@ -125,10 +125,4 @@ def read_model_config(path: Path) -> Mapping[str, Any]:
             hint="name the base model's config.json: "
             "peft-deploy adapter merge-shards DIR DST --config FILE",
         )
-    try:
-        content = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as exc:
-        raise CheckpointError(f"{file} cannot be read: {exc}") from exc
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file} must hold a JSON object, not a {type(content).__name__}")
-    return content
+    return read_object(file, CheckpointError)

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import paddle
 
-from peft_deploy.adapters.arrays import assign, dtype_name, to_array
+from peft_deploy.adapters.arrays import assign
 from peft_deploy.adapters.lora.attachment import Attachment
 from peft_deploy.adapters.lora.loading import branch_parameters
-from peft_deploy.errors import AdapterError, listed
-from peft_deploy.weights.source import DTYPES, Array
+from peft_deploy.adapters.state_dict import check_state, given_array
+from peft_deploy.weights.source import Array
 
 WRAPPER = "model."
 
@@ -32,10 +31,10 @@ def load_state(attachment: Attachment, state_dict: Mapping[str, Any]) -> list[st
     """
     targets: dict[str, paddle.Tensor] = dict(attachment.model.state_dict())
     values = {_own_name(name, targets): value for name, value in state_dict.items()}
-    _check(values, targets, branch_parameters(attachment))
+    check_state(values, targets, branch_parameters(attachment), "adapter")
     extras: dict[str, Array] = {}
     for name, value in values.items():
-        array = _array(value, targets[name])
+        array = given_array(value, targets[name])
         if name in attachment.extras:
             extras[name] = array
         else:
@@ -55,31 +54,3 @@ def _load_one(attachment: Attachment, name: str, target: paddle.Tensor, array: A
 def _own_name(name: str, targets: Mapping[str, Any]) -> str:
     bare = name.removeprefix(WRAPPER)
     return bare if name not in targets and bare in targets else name
-
-
-def _check(
-    values: Mapping[str, Any], targets: Mapping[str, Any], branches: Mapping[str, Any]
-) -> None:
-    unknown = [name for name in values if name not in targets]
-    if unknown:
-        raise AdapterError(f"the model has no parameters of these names:\n{listed(unknown)}")
-    misshaped = [
-        f"{name}: {list(value.shape)} given, {list(targets[name].shape)} in the model"
-        for name, value in values.items()
-        if list(value.shape) != list(targets[name].shape)
-    ]
-    if misshaped:
-        raise AdapterError(f"tensors of another shape than the model's:\n{listed(misshaped)}")
-    missing = [name for name in branches if name not in values]
-    if missing and len(missing) < len(branches):
-        raise AdapterError(f"some of the adapter's tensors are missing:\n{listed(missing)}")
-
-
-def _array(value: Any, target: paddle.Tensor) -> Array:
-    if isinstance(value, paddle.Tensor):
-        return to_array(value)
-    array = np.asarray(value)
-    # Arrays that come from paddle.save hold bfloat16 as bit patterns.
-    if array.dtype == np.uint16 and dtype_name(target) in ("bfloat16", "float32", "float16"):
-        return array.view(DTYPES["bfloat16"])
-    return array

@@ -10,19 +10,19 @@ from peft_deploy.environment import require_paddle
 
 require_paddle("prefix-tuning in the dynamic graph")
 
-from peft_deploy.adapters.prefix.errors import (  # noqa: E402
+from peft_deploy.adapters.prefix.errors import (
     PrefixInputError,
     UnsupportedPrefixModelError,
 )
-from peft_deploy.adapters.prefix.model import PrefixModel, PrefixModelForCausalLM  # noqa: E402
-from peft_deploy.adapters.prefix.postprocess import (  # noqa: E402
+from peft_deploy.adapters.prefix.model import PrefixModel, PrefixModelForCausalLM
+from peft_deploy.adapters.prefix.postprocess import (
     bloom_postprocess_past_key_value,
     chatglm_postprocess_past_key_value,
     llama_postprocess_past_key_value,
     mistral_postprocess_past_key_value,
     qwen_postprocess_past_key_value,
 )
-from peft_deploy.config import PrefixConfig  # noqa: E402
+from peft_deploy.config import PrefixConfig
 
 __all__ = [
     "PrefixConfig",
