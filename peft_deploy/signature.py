@@ -107,21 +107,29 @@ class GraphSignature:
 
 
 def causal_lm_signature(
-    *, num_layers: int, num_kv_heads: int, head_dim: int, vocab_size: int, dtype: str = "float32"
+    *,
+    num_layers: int,
+    num_kv_heads: int,
+    head_dim: int,
+    vocab_size: int,
+    dtype: str = "float32",
+    positions: bool = True,
 ) -> GraphSignature:
     """The signature of a decoder-only model.
 
     Inputs ``input_ids`` [batch, sequence], ``attention_mask`` [batch, past+sequence] (1 = attend),
-    ``position_ids`` [batch, sequence], all int64, and the cache [batch, kv_heads, past, head_dim];
-    outputs ``logits`` [batch, sequence, vocab] and the grown cache [batch, kv_heads, past+sequence, head_dim].
+    ``position_ids`` [batch, sequence] unless positions follow from the mask alone, all int64, and the
+    cache [batch, kv_heads, past, head_dim]; outputs ``logits`` [batch, sequence, vocab] and the grown
+    cache [batch, kv_heads, past+sequence, head_dim].
     """
+    position_ids = (TensorSpec(POSITION_IDS, "int64", (BATCH, SEQUENCE)),) if positions else ()
     past = (BATCH, num_kv_heads, PAST, head_dim)
     present = (BATCH, num_kv_heads, TOTAL, head_dim)
     return GraphSignature(
         inputs=(
             TensorSpec(INPUT_IDS, "int64", (BATCH, SEQUENCE)),
             TensorSpec(ATTENTION_MASK, "int64", (BATCH, TOTAL)),
-            TensorSpec(POSITION_IDS, "int64", (BATCH, SEQUENCE)),
+            *position_ids,
             *(TensorSpec(name, dtype, past) for name in past_names(num_layers)),
         ),
         outputs=(

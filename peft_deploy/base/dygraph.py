@@ -17,14 +17,14 @@ from paddlenlp.transformers.model_utils import no_init_weights
 
 from peft_deploy.base.folder import BaseModel
 from peft_deploy.errors import ConfigError
-from peft_deploy.families import DecoderFamily
+from peft_deploy.families import Family
 from peft_deploy.progress import Progress, Silent
 from peft_deploy.weights import DTYPES, Array
 
 PADDLE_DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 
-def build_skeleton(family: DecoderFamily, config: Mapping[str, Any]) -> nn.Layer:
+def build_skeleton(family: Family, config: Mapping[str, Any]) -> nn.Layer:
     """The model's layers with named, shaped parameters that hold no memory; for tracing.
 
     Args:
@@ -79,11 +79,12 @@ def unique_parameters(model: nn.Layer) -> dict[str, paddle.Tensor]:
     return dict(model.named_parameters(remove_duplicate=True))
 
 
-def _construct(family: DecoderFamily, config: Mapping[str, Any]) -> nn.Layer:
+def _construct(family: Family, config: Mapping[str, Any]) -> nn.Layer:
     config_class = getattr(paddlenlp.transformers, family.paddle_config)
-    model_class = getattr(paddlenlp.transformers, family.paddle_model)
+    name = family.paddle_model(config)
+    model_class = getattr(paddlenlp.transformers, name)
     arguments = config_class(**family.paddle_arguments(config))
-    arguments.architectures = [family.paddle_model]
+    arguments.architectures = [name]
     arguments.use_cache = True
     return model_class(arguments)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from peft_deploy.config.json_file import read_object
 from peft_deploy.errors import CheckpointError, listed
-from peft_deploy.families import DecoderDims, DecoderFamily, find_family
+from peft_deploy.families import Family, ModelDims, NameMap, find_family
 from peft_deploy.weights import CanonicalTensors, open_checkpoint
 
 CONFIG = "config.json"
@@ -43,7 +43,7 @@ class BaseModel:
 
     path: Path
     config: Mapping[str, Any]
-    family: DecoderFamily
+    family: Family
 
     @cached_property
     def tensors(self) -> CanonicalTensors:
@@ -52,11 +52,16 @@ class BaseModel:
         Raises:
             CheckpointError: weights missing, damaged, or of another layout than either known one.
         """
-        tied = self.family.tied if self.config.get("tie_word_embeddings") else {}
-        return CanonicalTensors(open_checkpoint(self.path), self.family.name_map, tied)
+        tied = self.family.tied(self.config)
+        return CanonicalTensors(open_checkpoint(self.path), self.names, tied)
+
+    @cached_property
+    def names(self) -> NameMap:
+        """Hugging Face's names of its tensors and PaddleNLP's."""
+        return self.family.names(self.config)
 
     @property
-    def dims(self) -> DecoderDims:
+    def dims(self) -> ModelDims:
         """The model's sizes."""
         return self.family.dims(self.config)
 
@@ -76,7 +81,7 @@ class BaseModel:
         Raises:
             CheckpointError: names are missing, or unexpected.
         """
-        expected = self.family.name_map.parameters(self.dims.num_layers)
+        expected = self.names.parameters(self.dims.num_layers)
         expected -= self.tensors.tied.keys()
         found = set(self.tensors.names())
         if found != expected:

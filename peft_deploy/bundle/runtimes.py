@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from peft_deploy.families import DecoderDims
+from peft_deploy.families import ModelDims
 from peft_deploy.signature import (
     ATTENTION_MASK,
     INPUT_IDS,
@@ -51,7 +51,7 @@ def special_token_ids(
     return SpecialTokenIds(first("bos_token_id"), ends, pad)
 
 
-def genai_config(model_type: str, dims: DecoderDims, tokens: SpecialTokenIds) -> dict[str, Any]:
+def genai_config(model_type: str, dims: ModelDims, tokens: SpecialTokenIds) -> dict[str, Any]:
     """``genai_config.json`` for onnxruntime-genai 0.18, which refuses unknown keys.
 
     Args:

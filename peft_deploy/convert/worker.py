@@ -56,14 +56,14 @@ def _convert(folder: Path, request: dict[str, Any], phase: Any) -> None:
     from peft_deploy.convert.graph import CONSTANTS_FILE, GRAPH_FILE, NAMES_FILE
     from peft_deploy.families import find_family
     from peft_deploy.trace.preflight import check_program
-    from peft_deploy.trace.program import trace_decoder
+    from peft_deploy.trace.program import trace_model
 
     config, opset = request["config"], request["opset"]
     family = find_family(config)
     phase("Building the skeleton")
     skeleton = build_skeleton(family, config)
     phase("Tracing")
-    traced = trace_decoder(skeleton, family, family.signature(config))
+    traced = trace_model(skeleton, family, family.signature(config))
     saved = folder / PROGRAM_FILE
     traced.save(saved)
     phase("Checking operators")

@@ -5,7 +5,7 @@ only the modules above it (errors, signature, config).
 """
 
 from peft_deploy.families import llama as llama  # registers itself
-from peft_deploy.families.family import DecoderDims, DecoderFamily
+from peft_deploy.families.family import DecoderFamily, Family, ModelDims
 from peft_deploy.families.names import MappedName, NameMap, NameRule
 from peft_deploy.families.parallel import ParallelRule, parallel_axes
 from peft_deploy.families.past import (
@@ -18,9 +18,10 @@ from peft_deploy.families.past import (
 from peft_deploy.families.registry import find_family, known_architectures, register
 
 __all__ = [
-    "DecoderDims",
     "DecoderFamily",
+    "Family",
     "MappedName",
+    "ModelDims",
     "NameMap",
     "NameRule",
     "ParallelRule",

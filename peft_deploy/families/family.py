@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from peft_deploy.signature import GraphSignature, causal_lm_signature
 
 if TYPE_CHECKING:
-    from paddle import nn
+    from paddle import Tensor, nn
 
     from peft_deploy.families.names import NameMap
     from peft_deploy.families.parallel import ParallelRule
 
 
-@dataclass(frozen=True)
-class DecoderDims:
-    """The sizes that decide a decoder's signature."""
+@dataclass(frozen=True, kw_only=True)
+class ModelDims:
+    """The sizes that decide a model's signature; in an encoder every head has keys and values of its own."""
 
     num_layers: int
     hidden_size: int
@@ -29,33 +29,39 @@ class DecoderDims:
     max_positions: int
 
 
-class DecoderFamily(ABC):
-    """A family of decoder-only models: data about it, and how it is written as a graph that traces cleanly.
+class Family(ABC):
+    """A family of models: data about it, and how it is written as a graph that traces cleanly.
 
-    Everything but :meth:`stand_in` works without Paddle.
+    Everything but :meth:`stand_in` and :meth:`run_eagerly` works without Paddle.
 
     Attributes:
         model_type: ``model_type`` of config.json, also onnxruntime-genai's name of the family.
-        architectures: class names that config.json may carry in ``architectures``.
-        name_map: Hugging Face tensor names ↔ PaddleNLP parameter names.
-        past_layout: axes of one layer's cache tensor in PaddleNLP: a permutation of ``"BSKD"``
-            (batch, sequence, kv heads, head dim). The bundle's layout is always ``"BKSD"``.
-        tied: PaddleNLP parameter → the parameter whose storage it shares when the config ties them.
+        architectures: class name that config.json may carry in ``architectures`` → PaddleNLP's model class, by
+            name in ``paddlenlp.transformers``. The first one is the family's usual one.
         lora_targets: regular expressions for the linear layers that LoRA adapts by default.
         parallel_rules: how PaddleNLP spreads the layers over tensor-parallel ranks; empty when that is not known.
         paddle_config: PaddleNLP's configuration class, by name in ``paddlenlp.transformers``.
-        paddle_model: PaddleNLP's model class, by name in ``paddlenlp.transformers``.
     """
 
     model_type: ClassVar[str]
-    architectures: ClassVar[tuple[str, ...]]
-    name_map: ClassVar[NameMap]
-    past_layout: ClassVar[str]
-    tied: ClassVar[Mapping[str, str]]
+    architectures: ClassVar[Mapping[str, str]]
     lora_targets: ClassVar[tuple[str, ...]]
     parallel_rules: ClassVar[tuple[ParallelRule, ...]] = ()
     paddle_config: ClassVar[str]
-    paddle_model: ClassVar[str]
+
+    def paddle_model(self, config: Mapping[str, Any]) -> str:
+        """PaddleNLP's model class for a config.json, by name in ``paddlenlp.transformers``."""
+        named = config.get("architectures") or []
+        known = [self.architectures[name] for name in named if name in self.architectures]
+        return known[0] if known else next(iter(self.architectures.values()))
+
+    @abstractmethod
+    def names(self, config: Mapping[str, Any]) -> NameMap:
+        """Hugging Face tensor names ↔ PaddleNLP parameter names, of all parameters of a model with this config."""
+
+    def tied(self, config: Mapping[str, Any]) -> Mapping[str, str]:
+        """PaddleNLP parameter → the parameter whose storage it shares."""
+        return {}
 
     @abstractmethod
     def paddle_arguments(self, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -67,7 +73,7 @@ class DecoderFamily(ABC):
         """
 
     @abstractmethod
-    def dims(self, config: Mapping[str, Any]) -> DecoderDims:
+    def dims(self, config: Mapping[str, Any]) -> ModelDims:
         """The sizes, from config.json."""
 
     @abstractmethod
@@ -79,13 +85,53 @@ class DecoderFamily(ABC):
         """The model with the same parameters, written so that it traces cleanly.
 
         Returns:
-            A layer whose ``forward(input_ids, attention_mask, position_ids, past)`` takes and returns what
-            :meth:`signature` says, ``past`` and the result being flat lists in signature order; its attribute
-            ``scopes`` is a :class:`~peft_deploy.families.standins.ScopeTrace` of that forward.
+            A layer whose ``forward`` takes the signature's inputs in order, the cache as one flat list at the end
+            when there is one, and returns the signature's outputs as one flat list; its attribute ``scopes`` is a
+            :class:`~peft_deploy.families.standins.ScopeTrace` of that forward.
         """
 
+    @abstractmethod
+    def run_eagerly(
+        self, model: nn.Layer, feeds: Mapping[str, Tensor], signature: GraphSignature
+    ) -> dict[str, Tensor]:
+        """PaddleNLP's own forward, called as the signature says: what the stand-in has to equal.
+
+        Args:
+            model: the PaddleNLP model, or a LoRA model around it.
+            feeds: every input of the signature by name, the cache in the bundle's layout.
+            signature: of the graph.
+
+        Returns:
+            Every output of the signature by name, the cache in the bundle's layout.
+        """
+
+    @abstractmethod
     def signature(self, config: Mapping[str, Any], dtype: str = "float32") -> GraphSignature:
         """Inputs and outputs of the exported graph."""
+
+
+class DecoderFamily(Family):
+    """A family of decoder-only language models.
+
+    Attributes:
+        past_layout: axes of one layer's cache tensor in PaddleNLP: a permutation of ``"BSKD"``
+            (batch, sequence, kv heads, head dim). The bundle's layout is always ``"BKSD"``.
+        takes_positions: whether the graph has ``position_ids``: not when positions follow from the mask alone.
+    """
+
+    past_layout: ClassVar[str]
+    takes_positions: ClassVar[bool] = True
+
+    def run_eagerly(
+        self, model: nn.Layer, feeds: Mapping[str, Tensor], signature: GraphSignature
+    ) -> dict[str, Tensor]:
+        """See :meth:`Family.run_eagerly`."""
+        from peft_deploy.families.eager import run_decoder
+
+        return run_decoder(model, feeds, signature, self.past_layout)
+
+    def signature(self, config: Mapping[str, Any], dtype: str = "float32") -> GraphSignature:
+        """See :meth:`Family.signature`."""
         dims = self.dims(config)
         return causal_lm_signature(
             num_layers=dims.num_layers,
@@ -93,4 +139,5 @@ class DecoderFamily(ABC):
             head_dim=dims.head_dim,
             vocab_size=dims.vocab_size,
             dtype=dtype,
+            positions=self.takes_positions,
         )

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from peft_deploy.errors import UnsupportedModelError
-from peft_deploy.families.family import DecoderDims, DecoderFamily
+from peft_deploy.families.family import DecoderFamily, ModelDims
 from peft_deploy.families.names import NameMap, NameRule
 from peft_deploy.families.parallel import ParallelRule
 from peft_deploy.families.registry import register
@@ -60,9 +60,8 @@ class Llama(DecoderFamily):
     """Pre-norm decoder with rotary positions, grouped heads and a SiLU-gated feed-forward block."""
 
     model_type = "llama"
-    architectures = ("LlamaForCausalLM",)
+    architectures = {"LlamaForCausalLM": "LlamaForCausalLM"}
     past_layout = "BSKD"
-    tied = {"lm_head.weight": "llama.embed_tokens.weight"}
     lora_targets = tuple(rf".*{name.split('.')[1]}" for name in _LINEARS)
     parallel_rules = (
         ParallelRule(f"llama.{_LAYER}self_attn.q_proj", "column", "num_heads"),
@@ -76,8 +75,7 @@ class Llama(DecoderFamily):
         ParallelRule("lm_head", "column", "vocab_size", or_whole=True),
     )
     paddle_config = "LlamaConfig"
-    paddle_model = "LlamaForCausalLM"
-    name_map = NameMap(
+    _names = NameMap(
         [
             NameRule("llama.embed_tokens.weight", "model.embed_tokens.weight"),
             *(
@@ -91,8 +89,18 @@ class Llama(DecoderFamily):
         ignored=[r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"],
     )
 
+    def names(self, config: Mapping[str, Any]) -> NameMap:
+        """See :meth:`Family.names`."""
+        return self._names
+
+    def tied(self, config: Mapping[str, Any]) -> Mapping[str, str]:
+        """See :meth:`Family.tied`."""
+        if not config.get("tie_word_embeddings"):
+            return {}
+        return {"lm_head.weight": "llama.embed_tokens.weight"}
+
     def paddle_arguments(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """See :meth:`DecoderFamily.paddle_arguments`."""
+        """See :meth:`Family.paddle_arguments`."""
         config = _with_rope(config)
         for key, feature in _REFUSED.items():
             if config.get(key):
@@ -117,13 +125,13 @@ class Llama(DecoderFamily):
             arguments["eos_token_id"] = arguments["eos_token_id"][0]
         return arguments | _rope_arguments(config)
 
-    def dims(self, config: Mapping[str, Any]) -> DecoderDims:
-        """See :meth:`DecoderFamily.dims`."""
+    def dims(self, config: Mapping[str, Any]) -> ModelDims:
+        """See :meth:`Family.dims`."""
         config = _with_rope(config)
         heads = config["num_attention_heads"]
         scaling = _rope_arguments(config)
         stretch = scaling.get("rope_scaling_factor", 1.0)
-        return DecoderDims(
+        return ModelDims(
             num_layers=config["num_hidden_layers"],
             hidden_size=config["hidden_size"],
             num_heads=heads,
@@ -134,7 +142,7 @@ class Llama(DecoderFamily):
         )
 
     def huggingface_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """See :meth:`DecoderFamily.huggingface_config`."""
+        """See :meth:`Family.huggingface_config`."""
         config = _with_rope(config)
         dims = self.dims(config)
         shared = {key: config[key] for key in _SHARED_KEYS if key in config}
@@ -144,7 +152,7 @@ class Llama(DecoderFamily):
             scaling = {"rope_type": kind, "factor": rope["rope_scaling_factor"]}
         return {
             "model_type": self.model_type,
-            "architectures": list(self.architectures[:1]),
+            "architectures": list(self.architectures)[:1],
             **shared,
             "num_key_value_heads": dims.num_kv_heads,
             "head_dim": dims.head_dim,
@@ -154,7 +162,7 @@ class Llama(DecoderFamily):
         }
 
     def stand_in(self, model: nn.Layer) -> nn.Layer:
-        """See :meth:`DecoderFamily.stand_in`."""
+        """See :meth:`Family.stand_in`."""
         from peft_deploy.families.standins.llama import LlamaStandIn
 
         return LlamaStandIn(model)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from peft_deploy.errors import AdapterError, UnsupportedModelError
-from peft_deploy.families.family import DecoderFamily
+from peft_deploy.families.family import Family
 
 # Which axis of each parameter of a layer is spread, in PaddleNLP's layout; None: every rank has all of it.
 _COLUMN: dict[str, int | None] = {"weight": 1, "bias": 0, "lora_A": None, "lora_B": 1}
@@ -23,7 +23,7 @@ class ParallelRule:
         module: its name; ``{i}`` stands for a layer's index.
         by: ``"column"`` (the output features are spread) or ``"row"`` (the input features are; also the rows of
             an embedding).
-        units: the field of :class:`~peft_deploy.families.DecoderDims` whose things are dealt out whole, such as
+        units: the field of :class:`~peft_deploy.families.ModelDims` whose things are dealt out whole, such as
             ``"num_heads"``; None when single features are.
         or_whole: every rank holds the whole layer when the units do not divide evenly.
     """
@@ -35,7 +35,7 @@ class ParallelRule:
 
 
 def parallel_axes(
-    family: DecoderFamily, config: Mapping[str, Any], degree: int
+    family: Family, config: Mapping[str, Any], degree: int
 ) -> Callable[[str], int | None]:
     """Tells for each parameter of a model, or of an adapter for it, which axis is spread over the ranks.
 
@@ -54,7 +54,7 @@ def parallel_axes(
     """
     if not family.parallel_rules:
         raise UnsupportedModelError(
-            f"how a {family.paddle_model} is spread over tensor-parallel ranks is not known"
+            f"how a {family.paddle_model(config)} is spread over tensor-parallel ranks is not known"
         )
     kinds = []
     for rule in family.parallel_rules:
@@ -68,7 +68,7 @@ def parallel_axes(
                 return kind.get(parameter) if kind else None
         if parameter in ("lora_A", "lora_B"):
             raise AdapterError(
-                f"{name}: a {family.paddle_model} has no layer {module} that would be spread over ranks"
+                f"{name}: a {family.paddle_model(config)} has no layer {module} that would be spread over ranks"
             )
         return None
 
@@ -76,7 +76,7 @@ def parallel_axes(
 
 
 def _kind(
-    rule: ParallelRule, family: DecoderFamily, config: Mapping[str, Any], degree: int
+    rule: ParallelRule, family: Family, config: Mapping[str, Any], degree: int
 ) -> dict[str, int | None]:
     """Parameter → axis; empty when every rank holds the whole layer."""
     kind = _COLUMN if rule.by == "column" else _ROW

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from peft_deploy.errors import UnsupportedModelError, nearest
-from peft_deploy.families.family import DecoderFamily
+from peft_deploy.families.family import Family
 
-_BY_ARCHITECTURE: dict[str, DecoderFamily] = {}
+F = TypeVar("F", bound=Family)
+_BY_ARCHITECTURE: dict[str, Family] = {}
 
 
-def register(cls: type[DecoderFamily]) -> type[DecoderFamily]:
+def register(cls: type[F]) -> type[F]:
     """Class decorator: makes the family known under each of its architecture names."""
     family = cls()
     for name in cls.architectures:
@@ -26,7 +27,7 @@ def known_architectures() -> list[str]:
     return sorted(_BY_ARCHITECTURE)
 
 
-def find_family(config: Mapping[str, Any]) -> DecoderFamily:
+def find_family(config: Mapping[str, Any]) -> Family:
     """The family that claims a config.json.
 
     Raises:

@@ -10,7 +10,7 @@ from peft_deploy.base import open_base
 from peft_deploy.base.folder import CONFIG, companions_in
 from peft_deploy.config.json_file import read_object
 from peft_deploy.errors import CheckpointError, UnsupportedModelError
-from peft_deploy.families import DecoderDims, find_family, known_architectures
+from peft_deploy.families import ModelDims, NameMap, find_family, known_architectures
 from peft_deploy.inspection.tensors import FileSize, TensorTotals, file_sizes
 from peft_deploy.weights import CanonicalTensors, Checkpoint, open_checkpoint
 
@@ -46,7 +46,7 @@ class CheckpointInspection:
     layout: str | None = None
     model_type: str | None = None
     architectures: tuple[str, ...] = ()
-    dims: DecoderDims | None = None
+    dims: ModelDims | None = None
     tied: bool | None = None
     fingerprint: str | None = None
     unsupported: str | None = None
@@ -101,12 +101,15 @@ def _with_config(folder: Path) -> CheckpointInspection:
 
 
 def _fitting(checkpoint: Checkpoint) -> CanonicalTensors | None:
-    """The weights in the terms of the first registered family whose names they bear."""
-    for architecture in known_architectures():
-        names = find_family({"architectures": [architecture]}).name_map
-        if any(names.to_paddle(n) or names.to_huggingface(n) for n in checkpoint.names()):
-            return CanonicalTensors(checkpoint, names, {})
-    return None
+    """The weights in the terms of the registered family that knows most of their names."""
+
+    def known(names: NameMap) -> int:
+        found = (names.to_paddle(n) or names.to_huggingface(n) for n in checkpoint.names())
+        return sum(name is not None for name in found)
+
+    maps = [find_family({"architectures": [a]}).names({}) for a in known_architectures()]
+    best = max(maps, key=known)
+    return CanonicalTensors(checkpoint, best, {}) if known(best) else None
 
 
 def _files(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from peft_deploy.errors import ConfigError
-from peft_deploy.signature import LOGITS, GraphSignature
+from peft_deploy.signature import LOGITS, POSITION_IDS, GraphSignature
 
 IntArray = npt.NDArray[np.int64]
 
@@ -27,6 +27,7 @@ RANDOM_LENGTHS = (20, 13, 7)
 REAL_LENGTH = 32
 EDGE_LENGTH = 5
 DECODE_STEPS = 3
+LAST = "last positions"
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,11 +152,18 @@ def build_matrix(
     else:
         prose = Text("real text", np.asarray(real_ids[:real_length], np.int64))
         _check_vocabulary(prose, vocab_size)
-    edge = draw("last positions", EDGE_LENGTH, start=max_positions - EDGE_LENGTH)
+    # Without position_ids a token's position is its place: only a text that long would reach the last ones.
+    reaches = POSITION_IDS in signature.input_names
+    edge = [draw(LAST, EDGE_LENGTH, start=max_positions - EDGE_LENGTH)] if reaches else []
     pad_id = int(rng.integers(0, vocab_size))
-    cases = [*_plain(shuffled, prose, edge), *_padded(shuffled), *_cached(shuffled, prose, edge)]
+    cases = [
+        *_plain(shuffled, prose),
+        *_padded(shuffled),
+        *_cached(shuffled, prose),
+        *_at_end(edge),
+    ]
     return CaseMatrix(
-        texts=(*shuffled, prose, edge),
+        texts=(*shuffled, prose, *edge),
         cases=tuple(replace(case, pad_id=pad_id) for case in cases),
     )
 
@@ -230,7 +238,7 @@ def continued(texts: Sequence[Text], prompts: Sequence[int], steps: int, side: s
     return slots
 
 
-def _plain(shuffled: list[Text], prose: Text, edge: Text) -> list[Case]:
+def _plain(shuffled: list[Text], prose: Text) -> list[Case]:
     one, many = "one token, no past", "many tokens, no past"
     return [
         _case(one, "one token", [prose], whole([prose], 1)),
@@ -238,7 +246,6 @@ def _plain(shuffled: list[Text], prose: Text, edge: Text) -> list[Case]:
         _case(many, "random tokens", shuffled[:1], whole(shuffled[:1])),
         _case(many, "real text", [prose], whole([prose])),
         _case(many, "batch 3", shuffled, whole(shuffled)),
-        _case("last positions", "last positions", [edge], whole([edge])),
     ]
 
 
@@ -250,7 +257,7 @@ def _padded(shuffled: list[Text]) -> list[Case]:
     ]
 
 
-def _cached(shuffled: list[Text], prose: Text, edge: Text) -> list[Case]:
+def _cached(shuffled: list[Text], prose: Text) -> list[Case]:
     one, many = "past of one token", "past of many tokens"
     chunks, decode = "prefill in chunks", "decode with cache"
     first = shuffled[:1]
@@ -275,13 +282,15 @@ def _cached(shuffled: list[Text], prose: Text, edge: Text) -> list[Case]:
         _case(decode, "decode", [prose], whole([prose]), (len(prose) - DECODE_STEPS, *steps)),
         _case(decode, "decode, left padding", shuffled, full, (prefill, *steps)),
         _case(decode, "decode, right padding", shuffled, gap, (prefill, *steps)),
-        _case(
-            "last positions",
-            "decode at the last positions",
-            [edge],
-            whole([edge]),
-            (EDGE_LENGTH - 1, 1),
-        ),
+    ]
+
+
+def _at_end(edge: list[Text]) -> list[Case]:
+    if not edge:
+        return []
+    return [
+        _case(LAST, LAST, edge, whole(edge)),
+        _case(LAST, "decode at the last positions", edge, whole(edge), (EDGE_LENGTH - 1, 1)),
     ]
 
 

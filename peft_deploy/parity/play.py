@@ -113,8 +113,9 @@ def run_case(runner: Runner, case: Case, given: Mapping[str, Floats]) -> Results
         feeds: dict[str, Array] = {
             INPUT_IDS: ids[:, first:last],
             ATTENTION_MASK: mask[:, :last],
-            POSITION_IDS: positions[:, first:last],
         }
+        if POSITION_IDS in signature.input_names:
+            feeds[POSITION_IDS] = positions[:, first:last]
         for past, present, spec in zip(pasts, presents, signature.past, strict=True):
             feeds[past] = cache[present].astype(DTYPES[spec.dtype], copy=False)
         outputs = runner.run(feeds)

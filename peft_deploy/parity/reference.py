@@ -10,9 +10,8 @@ from peft_deploy.environment import debugging, require_paddle
 require_paddle("the reference side of a parity check")
 
 import copy
-import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,20 +21,10 @@ import paddle
 from paddle import nn
 
 from peft_deploy.adapters.lora import LoRAModel
-from peft_deploy.errors import ExecutionError
-from peft_deploy.families import DecoderFamily
+from peft_deploy.families import Family
 from peft_deploy.runtime import check_feeds
 from peft_deploy.runtime.runner import Array
-from peft_deploy.signature import (
-    ATTENTION_MASK,
-    INPUT_IDS,
-    LOGITS,
-    POSITION_IDS,
-    GraphSignature,
-    present_names,
-)
-
-BUNDLE_LAYOUT = "BKSD"
+from peft_deploy.signature import GraphSignature
 
 # A float64 copy larger than this is not made: its arithmetic alone would take minutes.
 MAX_EXACT_BYTES = 4 * 2**30
@@ -56,7 +45,7 @@ class PaddleReference:
     def __init__(
         self,
         model: nn.Layer,
-        family: DecoderFamily,
+        family: Family,
         config: Mapping[str, Any],
         dtype: str = "float32",
     ) -> None:
@@ -65,8 +54,6 @@ class PaddleReference:
         self.config = config
         self.dtype = dtype
         self._signature = family.signature(config, dtype)
-        self._to_family = [BUNDLE_LAYOUT.index(axis) for axis in family.past_layout]
-        self._to_bundle = [family.past_layout.index(axis) for axis in BUNDLE_LAYOUT]
 
     @property
     def signature(self) -> GraphSignature:
@@ -83,30 +70,13 @@ class PaddleReference:
                 else.
         """
         check_feeds(self._signature, feeds)
-        length, total = int(feeds[POSITION_IDS].max()) + 1, feeds[ATTENTION_MASK].shape[1]
-        with (
-            paddle.no_grad(),
-            warnings.catch_warnings(),
-            _evaluating(self.model),
-            _table_up_to(self.model, length, total),
-        ):
+        with paddle.no_grad(), warnings.catch_warnings(), _evaluating(self.model):
             # Paddle deprecates what PaddleNLP calls; float64's lowest number overflows a cast.
             warnings.simplefilter("default" if debugging() else "ignore")
-            returned = self.model(
-                input_ids=paddle.to_tensor(feeds[INPUT_IDS]),
-                attention_mask=paddle.to_tensor(feeds[ATTENTION_MASK]),
-                position_ids=paddle.to_tensor(feeds[POSITION_IDS]),
-                past_key_values=self._past(feeds),
-                use_cache=True,
-                return_dict=False,
-            )
-        logits, caches = self._unpack(returned)
-        results: dict[str, Array] = {LOGITS: logits.numpy()}
-        flat = [tensor for cache in caches for tensor in cache]
-        for name, tensor in zip(present_names(len(caches)), flat, strict=True):
-            results[name] = np.ascontiguousarray(tensor.numpy().transpose(self._to_bundle))
+            tensors = {name: paddle.to_tensor(array) for name, array in feeds.items()}
+            results = self.family.run_eagerly(self.model, tensors, self._signature)
         wanted = self._signature.output_names if outputs is None else outputs
-        return {name: results[name] for name in wanted}
+        return {name: np.ascontiguousarray(results[name].numpy()) for name in wanted}
 
     def exact(self) -> PaddleReference | None:
         """The same model in float64; None when it would take more than :data:`MAX_EXACT_BYTES`, or
@@ -126,25 +96,6 @@ class PaddleReference:
         if not isinstance(self.model, LoRAModel):
             return None
         return _WithoutAdapter(self.model, self.family, self.config, self.dtype)
-
-    def _past(self, feeds: Mapping[str, Array]) -> list[tuple[Any, Any]] | None:
-        names = [spec.name for spec in self._signature.past]
-        if feeds[names[0]].shape[2] == 0:
-            return None  # PaddleNLP's mask code wants no cache rather than an empty one
-        tensors = [
-            paddle.to_tensor(np.ascontiguousarray(feeds[name].transpose(self._to_family)))
-            for name in names
-        ]
-        return list(zip(tensors[::2], tensors[1::2], strict=True))
-
-    def _unpack(self, returned: Any) -> tuple[paddle.Tensor, Sequence[Any]]:
-        layers = self._signature.num_layers
-        if not isinstance(returned, tuple) or len(returned) < 2 or len(returned[1]) != layers:
-            raise ExecutionError(
-                f"{type(self.model).__name__} does not return logits and the cache of "
-                f"{layers} layers"
-            )
-        return returned[0], returned[1]
 
 
 class _WithoutAdapter(PaddleReference):
@@ -187,32 +138,3 @@ def _evaluating(model: nn.Layer) -> Iterator[None]:
     finally:
         for layer in training:
             layer.training = True
-
-
-@contextmanager
-def _table_up_to(model: nn.Layer, length: int, total: int) -> Iterator[None]:
-    """Lets rotary layers hand out their table for ``length`` positions.
-
-    PaddleNLP cuts the table at the number of tokens in mask and cache (``seq_len``), although it
-    then looks positions up in it, so that a few tokens at high positions would read past its end.
-    What is handed out here are the same layer's own numbers, only more of them.
-    """
-    changed: list[nn.Layer] = []
-    if length > total:
-        for layer in model.sublayers():
-            is_leaf = next(layer.children(), None) is None
-            if is_leaf and "seq_len" in inspect.signature(layer.forward).parameters:
-                layer.forward = _longer(layer.forward, length)
-                changed.append(layer)
-    try:
-        yield
-    finally:
-        for layer in changed:
-            del layer.forward
-
-
-def _longer(forward: Callable[..., Any], length: int) -> Callable[..., Any]:
-    def call(x: paddle.Tensor, seq_len: int | None = None) -> Any:
-        return forward(x, seq_len=seq_len if seq_len is None else max(seq_len, length))
-
-    return call

@@ -26,7 +26,7 @@ from paddle.static import InputSpec
 from paddle.static.pir_io import normalize_pir_program
 
 from peft_deploy.errors import TraceError
-from peft_deploy.families import DecoderFamily
+from peft_deploy.families import Family
 from peft_deploy.signature import GraphSignature, TensorSpec
 from peft_deploy.trace.preflight import OperatorUse
 from peft_deploy.trace.quirks import WRONG_ATTRIBUTES
@@ -75,10 +75,8 @@ class TracedProgram:
         ]
 
 
-def trace_decoder(
-    model: nn.Layer, family: DecoderFamily, signature: GraphSignature
-) -> TracedProgram:
-    """Traces a decoder through its family's stand-in.
+def trace_model(model: nn.Layer, family: Family, signature: GraphSignature) -> TracedProgram:
+    """Traces a model through its family's stand-in.
 
     Args:
         model: PaddleNLP's model, normally a skeleton; its parameters' data is never looked at.
@@ -92,11 +90,12 @@ def trace_decoder(
     stand_in.eval()
     own = len(signature.inputs) - len(signature.past)
     specs = [_input_spec(spec) for spec in signature.inputs]
+    arguments = [*specs[:own], *([specs[own:]] if signature.past else [])]
     with warnings.catch_warnings():
         warnings.simplefilter(
             "ignore"
         )  # "Tensor do not have 'place' interface": of no consequence
-        concrete = _concrete_program(stand_in, [*specs[:own], specs[own:]])
+        concrete = _concrete_program(stand_in, arguments)
     stand_in.scopes.apply(concrete.main_program)
     feeds, fetches = _values(concrete.inputs), _values(concrete.outputs)
     _check_counts(signature, feeds, fetches)

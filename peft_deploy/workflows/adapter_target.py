@@ -16,7 +16,7 @@ from peft_deploy.bundle import MODEL, Manifest
 from peft_deploy.bundle.slots import Slot, read_slots
 from peft_deploy.config.json_file import read_object
 from peft_deploy.errors import AdapterError, BundleError, CheckpointError, ConfigError, listed
-from peft_deploy.families import DecoderDims, DecoderFamily, find_family
+from peft_deploy.families import Family, ModelDims, NameMap, find_family
 from peft_deploy.weights import TensorSource
 
 
@@ -35,20 +35,25 @@ class AdapterTarget:
 
     path: Path
     config: Mapping[str, Any]
-    family: DecoderFamily
+    family: Family
     fingerprint: Callable[[], str]
     tensors: TensorSource | None = None
     bundle: Path | None = None
 
     @property
-    def dims(self) -> DecoderDims:
+    def dims(self) -> ModelDims:
         """Its sizes."""
         return self.family.dims(self.config)
 
     @property
+    def names(self) -> NameMap:
+        """Hugging Face's names of its tensors and PaddleNLP's."""
+        return self.family.names(self.config)
+
+    @property
     def tied(self) -> Mapping[str, str]:
         """Parameter → the one whose storage it shares."""
-        return self.family.tied if self.config.get("tie_word_embeddings") else {}
+        return self.family.tied(self.config)
 
     @cached_property
     def slots(self) -> dict[str, Slot]:

@@ -147,7 +147,7 @@ def convert_adapter(
     result = ConvertedAdapter(output, source, format.value, to, method.value, "")
     if method is Method.PREFIX:
         return _convert_prefix(result, wanted, target, dtype, force=force)
-    dims, names = target.dims, target.family.name_map
+    dims, names = target.dims, target.names
     adapter = read_lora(
         source, names, num_layers=dims.num_layers, tied=target.tied, model_config=target.config
     )
@@ -169,7 +169,7 @@ def _to_folder(
     *,
     force: bool,
 ) -> ConvertedAdapter:
-    names, layers = target.family.name_map, target.dims.num_layers
+    names, layers = target.names, target.dims.num_layers
     uniform: UniformLora | None = None
     with AtomicFolder(result.output, _kind(format, Method.LORA), force=force) as folder:
         if format is AdapterFormat.HF:
@@ -196,7 +196,7 @@ def _to_folder(
 def _to_onnx(
     result: ConvertedAdapter, adapter: Adapter, target: AdapterTarget, dtype: str | None
 ) -> ConvertedAdapter:
-    slots, names = target.slots, target.family.name_map
+    slots, names = target.slots, target.names
     types = {slot.dtype for name, slot in slots.items() if ".lora_" in name}
     dtype = dtype or (types.pop() if len(types) == 1 else ONNX_DTYPE)
     fixed = {

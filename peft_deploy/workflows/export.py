@@ -213,7 +213,7 @@ def _manifest(
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         versions=_versions() | converted.versions,
         model_type=source.family.model_type,
-        architecture=source.family.paddle_model,
+        architecture=source.family.paddle_model(source.config),
         signature=source.family.signature(source.config, EXPORT_DTYPE),
         opset=options.opset,
         precision="fp32",
@@ -255,7 +255,7 @@ def _validate(
 def _plan(source: ExportSource, tensors: TensorSource) -> list[str]:
     total = sum(tensors.info(name).nbytes for name in tensors.names())
     plan = [
-        f"base model {source.name}: {source.family.paddle_model}, {len(tensors.names())} tensors, "
+        f"base model {source.name}: {source.family.paddle_model(source.config)}, {len(tensors.names())} tensors, "
         f"{source.layout} layout"
     ]
     if source.adapter:

@@ -40,7 +40,7 @@ def finish_graph(
         ConversionError: the graph is not what it should be.
     """
     signature = source.family.signature(source.config, EXPORT_DTYPE)
-    names = source.family.name_map
+    names = source.family.names(source.config)
     removed = run_pipeline(converted, signature, names)
     add_tables(converted.constants, file)
     bind_weights(converted, file, lambda parameter: _initializer(names, parameter))

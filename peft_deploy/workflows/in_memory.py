@@ -82,7 +82,7 @@ def from_memory(model: nn.Layer, tokenizer: Path | None) -> ExportSource:
     config = {**inner.config.to_dict(), "architectures": [type(inner).__name__]}
     family = find_family(config)
     family.paddle_arguments(config)
-    tied = dict(family.tied) if config.get("tie_word_embeddings") else {}
+    tied = dict(family.tied(config))
     tensors = _tensors(inner, adapted, tied)
     if tokenizer is not None and not tokenizer.is_dir():
         raise ConfigError(f"the tokenizer folder {tokenizer} does not exist")

@@ -201,7 +201,7 @@ def _in_layout(
     merged: TensorSource, model: BaseModel, layout: str, progress: Progress
 ) -> TensorSource:
     if layout == HUGGINGFACE:
-        return _Reported(HuggingFaceTensors(merged, model.family.name_map), progress)
+        return _Reported(HuggingFaceTensors(merged, model.names), progress)
     return _Reported(merged, progress)
 
 

@@ -20,11 +20,11 @@ def check_known(model: BaseModel) -> None:
     Raises:
         CheckpointError: some are not; they are named.
     """
-    names = model.family.name_map
+    names = model.names
     unknown = [name for name in model.tensors.names() if names.to_huggingface(name) is None]
     if unknown:
         raise CheckpointError(
-            f"{model.path} holds tensors that a {model.family.paddle_model} does not have:\n"
+            f"{model.path} holds tensors that a {model.family.paddle_model(model.config)} does not have:\n"
             f"{listed(unknown)}",
             hint="does config.json belong to these weights?",
         )
@@ -97,7 +97,7 @@ def merged_config(model: BaseModel, layout: str, dtype: str) -> dict[str, Any]:
         config = dict(model.config)
     else:
         config = {
-            "architectures": [family.paddle_model],
+            "architectures": [family.paddle_model(model.config)],
             "model_type": family.model_type,
             **family.paddle_arguments(model.config),
             "use_cache": True,

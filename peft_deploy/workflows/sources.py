@@ -12,7 +12,7 @@ from peft_deploy.adapters.formats import Adapter
 from peft_deploy.adapters.formats.detect import AdapterFormat, detect, read_lora
 from peft_deploy.base import BaseModel, open_base
 from peft_deploy.errors import ConfigError
-from peft_deploy.families import DecoderFamily
+from peft_deploy.families import Family
 from peft_deploy.progress import Progress
 from peft_deploy.weights import AdapterTensors, MergedTensors, TensorSource
 from peft_deploy.workflows.lineage import check_lineage
@@ -51,7 +51,7 @@ class ExportSource:
 
     name: str
     config: Mapping[str, Any]
-    family: DecoderFamily
+    family: Family
     tensors: TensorSource
     layout: str
     fingerprint: Callable[[], str]
@@ -143,7 +143,7 @@ def read_named(text: str, base: BaseModel) -> NamedAdapter:
         raise ConfigError(f"the adapter name {name!r} may hold only letters, digits and . _ -")
     adapter = read_lora(
         path,
-        base.family.name_map,
+        base.names,
         num_layers=base.dims.num_layers,
         tied=base.tensors.tied,
         model_config=base.config,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from peft_deploy.base import BaseModel
 from peft_deploy.bundle import Manifest
 from peft_deploy.errors import AdapterError, CheckpointError
-from peft_deploy.families import DecoderFamily
+from peft_deploy.families import Family
 from peft_deploy.parity.cases import CaseMatrix, build_matrix
 from peft_deploy.parity.gate import CheckOptions, check
 from peft_deploy.parity.generation import Prompt
@@ -77,7 +77,7 @@ def validate(
 def check_bundle(
     folder: Path,
     model: nn.Layer,
-    family: DecoderFamily,
+    family: Family,
     config: Mapping[str, Any],
     *,
     provider: str = "cpu",

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from peft_deploy.families import find_family
 from peft_deploy.weights.source import DTYPES, TensorInfo
 
-NAMES = find_family({"architectures": ["LlamaForCausalLM"]}).name_map
+NAMES = find_family({"architectures": ["LlamaForCausalLM"]}).names({})
 HIDDEN, KV, INNER, VOCAB, LAYERS = 8, 4, 12, 11, 2
 OUT_IN = {  # torch's weights are [out, in]
     "self_attn.q_proj": (HIDDEN, HIDDEN),

@@ -22,10 +22,10 @@ from peft_deploy.adapters.formats.peft_prefix import (
 )
 from peft_deploy.adapters.formats.prefix import EMBEDDING, read_prefix, write_prefix
 from peft_deploy.errors import AdapterError
-from peft_deploy.families import DecoderDims
+from peft_deploy.families import ModelDims
 
 L, H, K, D, P = 3, 4, 2, 5, 6
-DIMS = DecoderDims(
+DIMS = ModelDims(
     num_layers=L,
     hidden_size=H * D,
     num_heads=H,

@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 
 from peft_deploy.errors import CheckpointError
-from peft_deploy.families import DecoderDims
+from peft_deploy.families import ModelDims
 from peft_deploy.inspection import CheckpointInspection, inspect
 
 Maker = Callable[..., Path]
@@ -26,7 +26,15 @@ def test_the_facts(tiny_llama: Path, tiny_llama_module: ModuleType) -> None:
     assert isinstance(found, CheckpointInspection)
     assert found.architectures == ("LlamaForCausalLM",)
     assert found.model_type == "llama"
-    assert found.dims == DecoderDims(2, 48, 6, 2, 8, 131, 256)
+    assert found.dims == ModelDims(
+        num_layers=2,
+        hidden_size=48,
+        num_heads=6,
+        num_kv_heads=2,
+        head_dim=8,
+        vocab_size=131,
+        max_positions=256,
+    )
     assert (found.container, found.layout, found.tied) == ("safetensors", "huggingface", False)
     assert found.stored == found.model
     assert found.stored.parameters == elements(tiny_llama_module)

@@ -9,7 +9,7 @@ from paddle import nn
 
 from peft_deploy.families.standins import ScopeTrace
 from peft_deploy.signature import causal_lm_signature
-from peft_deploy.trace.program import TracedProgram, trace_decoder
+from peft_deploy.trace.program import TracedProgram, trace_model
 
 
 class UsesSwiglu(nn.Layer):
@@ -41,4 +41,4 @@ class OneLayer:
 
 def trace(model: nn.Layer) -> TracedProgram:
     signature = causal_lm_signature(num_layers=1, num_kv_heads=2, head_dim=4, vocab_size=4)
-    return trace_decoder(model, OneLayer(), signature)  # type: ignore[arg-type]
+    return trace_model(model, OneLayer(), signature)  # type: ignore[arg-type]

@@ -68,7 +68,7 @@ def same_products(first: Adapter, second: Adapter) -> None:
 
 
 def read(path: Path, base: BaseModel) -> Adapter:
-    return read_lora(path, base.family.name_map, num_layers=base.dims.num_layers)
+    return read_lora(path, base.names, num_layers=base.dims.num_layers)
 
 
 def run(*arguments: object) -> Result:

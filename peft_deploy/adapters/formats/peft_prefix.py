@@ -19,14 +19,14 @@ from peft_deploy.adapters.provenance import Provenance
 from peft_deploy.config import PrefixConfig
 from peft_deploy.config.json_file import make_folder, write_json
 from peft_deploy.errors import AdapterError, listed
-from peft_deploy.families import DecoderDims
+from peft_deploy.families import ModelDims
 from peft_deploy.weights.source import Array
 from peft_deploy.weights.writer import write_safetensors
 
 PROMPT = "prompt_embeddings"
 
 
-def read_peft_prefix(path: Path, dims: DecoderDims) -> PrefixAdapter:
+def read_peft_prefix(path: Path, dims: ModelDims) -> PrefixAdapter:
     """Reads a PEFT prefix; every size is compared with the base model's.
 
     PEFT stores the flat prefix also where a projection was trained, so that is what is read.
@@ -121,7 +121,7 @@ def to_peft_order(rows: Array, num_layers: int) -> Array:
     return by_half.transpose(0, 2, 1, 3).reshape(rows.shape)
 
 
-def _check_sizes(config: Mapping[str, Any], array: Array, dims: DecoderDims, where: Path) -> None:
+def _check_sizes(config: Mapping[str, Any], array: Array, dims: ModelDims, where: Path) -> None:
     width = dims.num_kv_heads * dims.head_dim
     wanted = {
         "num_layers": dims.num_layers,

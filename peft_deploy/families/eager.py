@@ -1,0 +1,112 @@
+"""PaddleNLP's own forward, called with a bundle's inputs. Needs Paddle.
+
+The other side of every stand-in: what is called here is PaddleNLP's code, untouched.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from paddle import Tensor, nn
+
+from peft_deploy.errors import ExecutionError
+from peft_deploy.signature import (
+    ATTENTION_MASK,
+    INPUT_IDS,
+    LOGITS,
+    POSITION_IDS,
+    GraphSignature,
+    present_names,
+)
+
+BUNDLE_LAYOUT = "BKSD"
+
+
+def run_decoder(
+    model: nn.Layer, feeds: Mapping[str, Tensor], signature: GraphSignature, past_layout: str
+) -> dict[str, Tensor]:
+    """A causal language model that takes position_ids and past_key_values as a list of pairs.
+
+    Args:
+        model: PaddleNLP's, or a LoRA model around it.
+        feeds: the signature's inputs by name.
+        signature: of the graph.
+        past_layout: axes of PaddleNLP's cache, a permutation of ``"BSKD"``.
+
+    Raises:
+        ExecutionError: the model returns something else than logits and a cache.
+    """
+    positions = {POSITION_IDS: feeds[POSITION_IDS]} if POSITION_IDS in feeds else {}
+    length = int(feeds[POSITION_IDS].max()) + 1 if positions else 0
+    with _table_up_to(model, length, feeds[ATTENTION_MASK].shape[1]):
+        returned = model(
+            input_ids=feeds[INPUT_IDS],
+            attention_mask=feeds[ATTENTION_MASK],
+            **positions,
+            past_key_values=past_pairs(feeds, signature, past_layout),
+            use_cache=True,
+            return_dict=False,
+        )
+    return decoder_outputs(model, returned, signature, past_layout)
+
+
+def past_pairs(
+    feeds: Mapping[str, Tensor], signature: GraphSignature, past_layout: str
+) -> list[tuple[Tensor, Tensor]] | None:
+    """The cache in PaddleNLP's layout, key and value a layer; None for an empty one, which its mask code wants."""
+    order = [BUNDLE_LAYOUT.index(axis) for axis in past_layout]
+    names = [spec.name for spec in signature.past]
+    if feeds[names[0]].shape[2] == 0:
+        return None
+    tensors = [feeds[name].transpose(order).contiguous() for name in names]
+    return list(zip(tensors[::2], tensors[1::2], strict=True))
+
+
+def decoder_outputs(
+    model: nn.Layer, returned: Any, signature: GraphSignature, past_layout: str
+) -> dict[str, Tensor]:
+    """Logits and cache as the signature names them, from what PaddleNLP's forward returned.
+
+    Raises:
+        ExecutionError: that is something else than (logits, cache of every layer, …).
+    """
+    layers = signature.num_layers
+    if not isinstance(returned, tuple) or len(returned) < 2 or len(returned[1]) != layers:
+        raise ExecutionError(
+            f"{type(model).__name__} does not return logits and the cache of {layers} layers"
+        )
+    order = [past_layout.index(axis) for axis in BUNDLE_LAYOUT]
+    flat = [tensor.transpose(order) for cache in returned[1] for tensor in cache]
+    return {LOGITS: returned[0], **dict(zip(present_names(layers), flat, strict=True))}
+
+
+@contextmanager
+def _table_up_to(model: nn.Layer, length: int, total: int) -> Iterator[None]:
+    """Lets rotary layers hand out their table for ``length`` positions.
+
+    PaddleNLP cuts the table at the number of tokens in mask and cache (``seq_len``), although it
+    then looks positions up in it, so that a few tokens at high positions would read past its end.
+    What is handed out here are the same layer's own numbers, only more of them.
+    """
+    changed: list[nn.Layer] = []
+    if length > total:
+        for layer in model.sublayers():
+            is_leaf = next(layer.children(), None) is None
+            if is_leaf and "seq_len" in inspect.signature(layer.forward).parameters:
+                layer.forward = _longer(layer.forward, length)
+                changed.append(layer)
+    try:
+        yield
+    finally:
+        for layer in changed:
+            del layer.forward
+
+
+def _longer(forward: Callable[..., Any], length: int) -> Callable[..., Any]:
+    def call(x: Tensor, seq_len: int | None = None) -> Any:
+        return forward(x, seq_len=seq_len if seq_len is None else max(seq_len, length))
+
+    return call
