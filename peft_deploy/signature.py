@@ -25,6 +25,12 @@ PAST_VALUE_TEMPLATE = "past_key_values.%d.value"
 PRESENT_KEY_TEMPLATE = "present.%d.key"
 PRESENT_VALUE_TEMPLATE = "present.%d.value"
 
+# Inputs with an empty default, of graphs that take a prefix from an adapter file.
+PREFIX_KEY_TEMPLATE = "prefix.%d.key"
+PREFIX_VALUE_TEMPLATE = "prefix.%d.value"
+PREFIX_OFFSET = "prefix.position_offset"  # [1], added to position_ids
+PREFIX = "prefix"  # tokens in it
+
 
 def past_names(num_layers: int) -> list[str]:
     """Cache inputs in graph order: key and value of layer 0, of layer 1, …"""
@@ -35,6 +41,13 @@ def present_names(num_layers: int) -> list[str]:
     """Cache outputs in graph order, matching :func:`past_names`."""
     return [
         t % i for i in range(num_layers) for t in (PRESENT_KEY_TEMPLATE, PRESENT_VALUE_TEMPLATE)
+    ]
+
+
+def prefix_names(num_layers: int) -> list[str]:
+    """Slots of a prefix, matching :func:`past_names`."""
+    return [
+        t % i for i in range(num_layers) for t in (PREFIX_KEY_TEMPLATE, PREFIX_VALUE_TEMPLATE)
     ]
 
 
