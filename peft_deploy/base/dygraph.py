@@ -86,7 +86,18 @@ def _construct(family: Family, config: Mapping[str, Any]) -> nn.Layer:
     arguments = config_class(**family.paddle_arguments(config))
     arguments.architectures = [name]
     arguments.use_cache = True
-    return model_class(arguments)
+    model = model_class(arguments)
+    _tie(model, family.tied(config))
+    return model
+
+
+def _tie(model: nn.Layer, tied: Mapping[str, str]) -> None:
+    """Lets parameters share their storage where the configuration says so and PaddleNLP's class does not."""
+    owners = dict(model.named_sublayers(include_self=True))
+    for name, target in tied.items():
+        module, _, own = name.rpartition(".")
+        other, _, attribute = target.rpartition(".")
+        setattr(owners[module], own, getattr(owners[other], attribute))
 
 
 def _fill(parameter: paddle.Tensor, data: Array, dtype: str) -> None:

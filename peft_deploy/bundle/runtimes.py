@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,14 +51,18 @@ def special_token_ids(
     return SpecialTokenIds(first("bos_token_id"), ends, pad)
 
 
-def genai_config(model_type: str, dims: ModelDims, tokens: SpecialTokenIds) -> dict[str, Any]:
+def genai_config(
+    model_type: str, dims: ModelDims, tokens: SpecialTokenIds, inputs: Collection[str]
+) -> dict[str, Any]:
     """``genai_config.json`` for onnxruntime-genai 0.18, which refuses unknown keys.
 
     Args:
         model_type: a type name that onnxruntime-genai knows.
         dims: the model's sizes.
         tokens: special token ids.
+        inputs: names of the graph's inputs.
     """
+    own = {name: name for name in (INPUT_IDS, ATTENTION_MASK, POSITION_IDS) if name in inputs}
     model: dict[str, Any] = {
         "type": model_type,
         "vocab_size": dims.vocab_size,
@@ -77,9 +81,7 @@ def genai_config(model_type: str, dims: ModelDims, tokens: SpecialTokenIds) -> d
                 "provider_options": [],
             },
             "inputs": {
-                "input_ids": INPUT_IDS,
-                "attention_mask": ATTENTION_MASK,
-                "position_ids": POSITION_IDS,
+                **own,
                 "past_key_names": PAST_KEY_TEMPLATE,
                 "past_value_names": PAST_VALUE_TEMPLATE,
             },

@@ -26,19 +26,25 @@ BUNDLE_LAYOUT = "BKSD"
 
 
 def run_decoder(
-    model: nn.Layer, feeds: Mapping[str, Tensor], signature: GraphSignature, past_layout: str
+    model: nn.Layer,
+    feeds: Mapping[str, Tensor],
+    signature: GraphSignature,
+    past_layout: str,
+    past_argument: str = "past_key_values",
 ) -> dict[str, Tensor]:
-    """A causal language model that takes position_ids and past_key_values as a list of pairs.
+    """A causal language model that takes the cache as a list of pairs, and position_ids if the graph does.
 
     Args:
         model: PaddleNLP's, or a LoRA model around it.
         feeds: the signature's inputs by name.
         signature: of the graph.
         past_layout: axes of PaddleNLP's cache, a permutation of ``"BSKD"``.
+        past_argument: what its forward calls the cache.
 
     Raises:
         ExecutionError: the model returns something else than logits and a cache.
     """
+    past = {past_argument: past_pairs(feeds, signature, past_layout)}
     positions = {POSITION_IDS: feeds[POSITION_IDS]} if POSITION_IDS in feeds else {}
     length = int(feeds[POSITION_IDS].max()) + 1 if positions else 0
     with _table_up_to(model, length, feeds[ATTENTION_MASK].shape[1]):
@@ -46,7 +52,7 @@ def run_decoder(
             input_ids=feeds[INPUT_IDS],
             attention_mask=feeds[ATTENTION_MASK],
             **positions,
-            past_key_values=past_pairs(feeds, signature, past_layout),
+            **past,
             use_cache=True,
             return_dict=False,
         )

@@ -35,12 +35,14 @@ class Family(ABC):
     Everything but :meth:`stand_in` and :meth:`run_eagerly` works without Paddle.
 
     Attributes:
-        model_type: ``model_type`` of config.json, also onnxruntime-genai's name of the family.
+        model_type: ``model_type`` of config.json.
         architectures: class name that config.json may carry in ``architectures`` → PaddleNLP's model class, by
             name in ``paddlenlp.transformers``. The first one is the family's usual one.
         lora_targets: regular expressions for the linear layers that LoRA adapts by default.
         parallel_rules: how PaddleNLP spreads the layers over tensor-parallel ranks; empty when that is not known.
         paddle_config: PaddleNLP's configuration class, by name in ``paddlenlp.transformers``.
+        genai_type: onnxruntime-genai's name of the family; None for models that it does not run. ``"decoder"`` is
+            any decoder whose graph has the usual inputs.
     """
 
     model_type: ClassVar[str]
@@ -48,6 +50,7 @@ class Family(ABC):
     lora_targets: ClassVar[tuple[str, ...]]
     parallel_rules: ClassVar[tuple[ParallelRule, ...]] = ()
     paddle_config: ClassVar[str]
+    genai_type: ClassVar[str | None] = None
 
     def paddle_model(self, config: Mapping[str, Any]) -> str:
         """PaddleNLP's model class for a config.json, by name in ``paddlenlp.transformers``."""
@@ -116,11 +119,14 @@ class DecoderFamily(Family):
     Attributes:
         past_layout: axes of one layer's cache tensor in PaddleNLP: a permutation of ``"BSKD"``
             (batch, sequence, kv heads, head dim). The bundle's layout is always ``"BKSD"``.
+        past_argument: what PaddleNLP's forward calls the cache.
         takes_positions: whether the graph has ``position_ids``: not when positions follow from the mask alone.
     """
 
     past_layout: ClassVar[str]
+    past_argument: ClassVar[str] = "past_key_values"
     takes_positions: ClassVar[bool] = True
+    genai_type = "decoder"
 
     def run_eagerly(
         self, model: nn.Layer, feeds: Mapping[str, Tensor], signature: GraphSignature
@@ -128,7 +134,7 @@ class DecoderFamily(Family):
         """See :meth:`Family.run_eagerly`."""
         from peft_deploy.families.eager import run_decoder
 
-        return run_decoder(model, feeds, signature, self.past_layout)
+        return run_decoder(model, feeds, signature, self.past_layout, self.past_argument)
 
     def signature(self, config: Mapping[str, Any], dtype: str = "float32") -> GraphSignature:
         """See :meth:`Family.signature`."""

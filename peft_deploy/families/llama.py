@@ -62,6 +62,7 @@ class Llama(DecoderFamily):
     model_type = "llama"
     architectures = {"LlamaForCausalLM": "LlamaForCausalLM"}
     past_layout = "BSKD"
+    genai_type = "llama"
     lora_targets = tuple(rf".*{name.split('.')[1]}" for name in _LINEARS)
     parallel_rules = (
         ParallelRule(f"llama.{_LAYER}self_attn.q_proj", "column", "num_heads"),

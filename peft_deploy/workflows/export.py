@@ -195,10 +195,13 @@ def _write_configs(
     for file in source.companions:
         folder.copy(file)
     config = source.family.huggingface_config(source.config)
-    tokens = special_token_ids(source.config, generation)
-    genai = genai_config(source.family.model_type, source.family.dims(source.config), tokens)
     folder.write_text("config.json", _json(config))
-    folder.write_text("genai_config.json", _json(genai))
+    family = source.family
+    if family.genai_type is not None:
+        tokens = special_token_ids(source.config, generation)
+        inputs = family.signature(source.config).input_names
+        genai = genai_config(family.genai_type, family.dims(source.config), tokens, inputs)
+        folder.write_text("genai_config.json", _json(genai))
 
 
 def _manifest(
