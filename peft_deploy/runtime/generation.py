@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from peft_deploy.bundle.prefixes import Prefix
 from peft_deploy.errors import ConfigError, ExecutionError
 from peft_deploy.runtime.caching import Cache, CachingRunner, caching, initial_cache
 from peft_deploy.runtime.runner import Array, Runner
@@ -113,9 +114,8 @@ class GenerationRun:
         runner: computes the logits.
         prompts: token ids of each row.
         options: everything else.
-        prefix: cache input → [1, K, P, D] or [B, K, P, D]; every row begins after it. It counts in
-            the attention mask and not in the positions, which is what PaddleNLP trains prefixes
-            with.
+        prefix: every row begins after it; or cache input → [1, K, P, D] or [B, K, P, D], which
+            does not move positions. It counts in the attention mask and in the context length.
 
     Raises:
         ConfigError: an empty prompt, or one that leaves no room for a new token.
@@ -127,15 +127,16 @@ class GenerationRun:
         runner: Runner | CachingRunner,
         prompts: Sequence[Sequence[int]],
         options: GenerationOptions,
-        prefix: Mapping[str, Array] | None = None,
+        prefix: Prefix | Mapping[str, Array] | None = None,
     ) -> None:
         self._runner = caching(runner)
         self._options = options
         self._batch = pad_batch(prompts, options.pad_id, options.padding)
         self._lengths = self._batch.lengths  # [B], grows with the tokens
         self._prompt_lengths = self._lengths.copy()
-        _check_room(self._lengths, options.context_length)
-        self._prefix = prefix
+        self._prefix = prefix.past if isinstance(prefix, Prefix) else prefix
+        self._offset = prefix.position_offset if isinstance(prefix, Prefix) else 0
+        self._limit = _room(self._lengths, options.context_length, self._prefix)
         self._generators = options.sampling.generators(len(prompts))
         self._tokens: list[list[int]] = [[] for _ in prompts]
         self._reasons: list[FinishReason | None] = [None for _ in prompts]
@@ -181,7 +182,8 @@ class GenerationRun:
         cache = self._runner.load_cache(past)
         ones = np.ones((rows, cache.length), np.int64)  # [B, P]
         mask = np.concatenate([ones, self._batch.attention_mask], axis=1)  # [B, P + S]
-        logits, cache = self._step(self._batch.input_ids, mask, self._batch.position_ids, cache)
+        places = self._batch.position_ids + self._offset
+        logits, cache = self._step(self._batch.input_ids, mask, places, cache)
         width = logits.shape[1]
         last = self._lengths - 1 if self._options.padding == "right" else np.full(rows, width - 1)
         return self._choose(logits[np.arange(rows), last]), mask, cache
@@ -196,6 +198,7 @@ class GenerationRun:
         last = np.array([tokens[-1] for tokens in self._tokens])
         ids = np.where(going, last, self._options.pad_id)[:, None].astype(np.int64)  # [B, 1]
         places = np.where(going, self._lengths - 1, 0)[:, None].astype(np.int64)  # [B, 1]
+        places += self._offset
         mask = np.concatenate([mask, going[:, None].astype(np.int64)], axis=1)  # [B, P + S]
         logits, cache = self._step(ids, mask, places, cache)
         return self._choose(logits[:, -1]), mask, cache
@@ -226,28 +229,42 @@ class GenerationRun:
             return "stop"
         if len(self._tokens[row]) >= self._options.max_new_tokens:
             return "length"
-        limit = self._options.context_length
-        return "context" if limit is not None and self._lengths[row] >= limit else None
+        full = self._limit is not None and self._lengths[row] >= self._limit
+        return "context" if full else None
 
 
 def generate(
     runner: Runner | CachingRunner,
     prompts: Sequence[Sequence[int]],
     options: GenerationOptions,
-    prefix: Mapping[str, Array] | None = None,
+    prefix: Prefix | Mapping[str, Array] | None = None,
 ) -> list[Generation]:
     """The results of all prompts, generated as one batch; see :class:`GenerationRun`."""
     return GenerationRun(runner, prompts, options, prefix).results
 
 
-def _check_room(lengths: npt.NDArray[np.int64], limit: int | None) -> None:
-    if limit is not None and int(lengths.max()) >= limit:
+def _room(
+    lengths: npt.NDArray[np.int64], limit: int | None, prefix: Mapping[str, Array] | None
+) -> int | None:
+    """The most tokens that a row can have behind the prefix, prompt and new ones together.
+
+    Raises:
+        ConfigError: a prompt has that many already.
+    """
+    if limit is None:
+        return None
+    taken = 0
+    if prefix:
+        taken = int(next(iter(prefix.values())).shape[2])
+    if int(lengths.max()) >= limit - taken:
         row = int(lengths.argmax())
+        behind = f" and the prefix {taken}" if taken else ""
         raise ConfigError(
-            f"prompt {row} has {int(lengths[row])} tokens; the model can see {limit}, new ones "
-            f"included",
+            f"prompt {row} has {int(lengths[row])} tokens{behind}; the model can see {limit}, new "
+            f"ones included",
             hint="shorten the prompt",
         )
+    return limit - taken
 
 
 def _known(reason: FinishReason | None) -> FinishReason:

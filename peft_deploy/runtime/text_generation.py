@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from peft_deploy.bundle.prefixes import Prefix
 from peft_deploy.runtime.caching import CachingRunner
 from peft_deploy.runtime.generation import (
     Generation,
@@ -46,7 +47,7 @@ class TextRun:
         tokenizer: Tokenizer,
         prompts: Sequence[Sequence[int]],
         options: GenerationOptions,
-        prefix: Mapping[str, Array] | None = None,
+        prefix: Prefix | Mapping[str, Array] | None = None,
     ) -> None:
         self._run = GenerationRun(runner, prompts, options, prefix)
         self._streams = [tokenizer.stream() for _ in prompts]
