@@ -9,18 +9,36 @@ Shape letters: B batch, S new tokens, T past and new tokens, H heads, K kv heads
 Needs Paddle.
 """
 
-from peft_deploy.families.standins.attention import causal_bias, grouped_attention, split_heads
-from peft_deploy.families.standins.layers import linear, rms_norm, silu_gated
+from peft_deploy.families.standins.attention import (
+    alibi_bias,
+    alibi_slopes,
+    causal_bias,
+    grouped_attention,
+    split_fused_heads,
+    split_heads,
+)
+from peft_deploy.families.standins.layers import (
+    gelu_tanh,
+    layer_norm,
+    linear,
+    rms_norm,
+    silu_gated,
+)
 from peft_deploy.families.standins.rotary import RotaryTable
 from peft_deploy.families.standins.scope import ScopeTrace
 
 __all__ = [
     "RotaryTable",
     "ScopeTrace",
+    "alibi_bias",
+    "alibi_slopes",
     "causal_bias",
+    "gelu_tanh",
     "grouped_attention",
+    "layer_norm",
     "linear",
     "rms_norm",
     "silu_gated",
+    "split_fused_heads",
     "split_heads",
 ]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
+import numpy.typing as npt
 import paddle
 from paddle import Tensor
 from paddle.nn import functional as F
@@ -32,6 +36,39 @@ def split_heads(x: Tensor, heads: int, head_dim: int) -> Tensor:
     return x.reshape([0, 0, heads, head_dim]).transpose([0, 2, 1, 3])
 
 
+def split_fused_heads(x: Tensor, heads: int, head_dim: int) -> list[Tensor]:
+    """Query, key and value, [B, H, S, D] each, of a projection [B, S, H * 3 * D] that has them side by side in
+    every head.
+    """
+    parts: list[Tensor] = split_heads(x, heads, 3 * head_dim).split(3, axis=-1)
+    return parts
+
+
+def alibi_slopes(heads: int) -> npt.NDArray[np.float32]:
+    """The slopes of ALiBi (Press et al. 2022), [H]: powers of 2^(-8/n) for n heads, n a power of two.
+
+    Other numbers of heads take the slopes of the next smaller power of two, and fill up with every other one of
+    the next larger, as in the paper's code.
+    """
+    n = 2 ** math.floor(math.log2(heads))
+    # Models were trained with powers of the rounded ratio, not with the rounded powers.
+    ratio, finer = float(np.float32(2.0 ** (-8 / n))), float(np.float32(2.0 ** (-4 / n)))
+    slopes = [ratio ** (i + 1) for i in range(n)]
+    slopes += [finer ** (2 * i + 1) for i in range(heads - n)]
+    return np.array(slopes, np.float32)
+
+
+def alibi_bias(attention_mask: Tensor, slopes: npt.NDArray[np.float32]) -> Tensor:
+    """What ALiBi adds to the scores, [B, H, 1, T]: the slope times the place of the key among real tokens.
+
+    Softmax takes away whatever is the same for all keys of a query, so this is the same as minus the slope times
+    the distance. Padding, whichever side it is on, is not counted.
+    """
+    places = attention_mask.cumsum(-1).cast("float32") - 1.0  # [B, T]
+    slope = paddle.to_tensor(slopes).reshape([-1, 1, 1])
+    return places.unsqueeze([1, 2]) * slope
+
+
 def grouped_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, *, scale: float) -> Tensor:
     """Scaled dot-product attention with grouped heads (Ainslie et al. 2023).
 
@@ -39,7 +76,7 @@ def grouped_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, *, scale: f
         q: [B, H, S, D].
         k: [B, K, T, D]; K divides H, and head h uses kv head h // (H/K).
         v: [B, K, T, D].
-        bias: [B, 1, S, T], added to the scores.
+        bias: [B, 1, S, T], added to the scores; [B, H, S, T] where H = K.
         scale: factor of the scores.
 
     Returns:
