@@ -9,6 +9,8 @@ from pathlib import Path
 from peft_deploy.errors import AdapterError, BundleError, listed
 from peft_deploy.weights.source import Array
 
+LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"  # what slots for LoRA end with; see slot_names
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -67,7 +69,7 @@ def check_slots(slots: Mapping[str, Slot], tensors: Mapping[str, Array], bundle:
     """Passes when a graph can take all tensors of an adapter.
 
     Raises:
-        AdapterError: names that it does not have, other types or shapes.
+        AdapterError: names that it does not have, other types or shapes, an A without its B or of another rank.
     """
     unknown = [name for name in tensors if name not in slots]
     if unknown:
@@ -82,3 +84,22 @@ def check_slots(slots: Mapping[str, Slot], tensors: Mapping[str, Array], bundle:
     ]
     if wrong:
         raise AdapterError(f"the slots of {bundle} are of another type or shape:\n{listed(wrong)}")
+    _check_pairs(tensors)
+
+
+def _check_pairs(tensors: Mapping[str, Array]) -> None:
+    """A and B of a module come together and share their rank: beside the other's default they would not multiply."""
+    wrong = []
+    for name, array in tensors.items():
+        for own, other, inner, outer in ((LORA_A, LORA_B, 1, 0), (LORA_B, LORA_A, 0, 1)):
+            if not name.endswith(own):
+                continue
+            partner = tensors.get(name.removesuffix(own) + other)
+            if partner is None:
+                wrong.append(f"{name}: its {other[1:7]} is missing")
+            elif own == LORA_A and array.shape[inner] != partner.shape[outer]:
+                wrong.append(
+                    f"{name}: rank {array.shape[inner]}, its lora_B has {partner.shape[outer]}"
+                )
+    if wrong:
+        raise AdapterError(f"A and B of the adapter do not fit each other:\n{listed(wrong)}")

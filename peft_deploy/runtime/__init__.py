@@ -20,6 +20,7 @@ from peft_deploy.runtime.loaded import LoadedBundle, load_bundle
 from peft_deploy.runtime.onnx_runner import OnnxRunner
 from peft_deploy.runtime.runner import Runner
 from peft_deploy.runtime.sampling import Sampling, choose
+from peft_deploy.runtime.session import Session
 from peft_deploy.runtime.text_generation import TextPiece, TextRun, encode_prompts
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "OnnxRunner",
     "Runner",
     "Sampling",
+    "Session",
     "TextPiece",
     "TextRun",
     "caching",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from peft_deploy.bundle.manifest import MANIFEST, MODEL, Manifest
+from peft_deploy.bundle.slots import Slot
 from peft_deploy.environment import debugging, require_onnxruntime
 from peft_deploy.errors import BundleError, ConfigError, ExecutionError, listed
 from peft_deploy.runtime._ort_values import numpy_name, to_numpy, to_ort
@@ -68,6 +70,24 @@ class OnnxRunner:
         self._signature = signature or declared
         self._past = [spec.name for spec in self._signature.past]
         self._present = present_names(self._signature.num_layers)
+        self._slot_values: Mapping[str, ort.OrtValue] = {}
+
+    @property
+    def slots(self) -> dict[str, Slot]:
+        """The graph's slots for adapters by name: inputs that keep a default unless they are filled."""
+        nodes = self._session.get_overridable_initializers()
+        specs = [_declared(node, "slot") for node in nodes]
+        return {spec.name: Slot(spec.name, spec.dtype, spec.dims) for spec in specs}
+
+    def with_slots(self, values: Mapping[str, ort.OrtValue]) -> OnnxRunner:
+        """The same graph with some of its slots filled; it shares everything with this runner.
+
+        Args:
+            values: slot → its value on the runner's device; the runner keeps them alive.
+        """
+        filled = copy.copy(self)
+        filled._slot_values = dict(values)
+        return filled
 
     @property
     def signature(self) -> GraphSignature:
@@ -130,6 +150,9 @@ class OnnxRunner:
         options.log_severity_level = _WARNINGS if debugging() else _QUIET
         binding = self._session.io_binding()
         try:
+            # Not by RunOptions.add_active_adapter, which a run with bound inputs ignores.
+            for name, value in self._slot_values.items():
+                binding.bind_ortvalue_input(name, value)
             for name, value in values.items():
                 binding.bind_ortvalue_input(name, value)
             for name, device in places.items():

@@ -16,6 +16,7 @@ from peft_deploy.adapters.formats.detect import AdapterFormat, Method, detect, r
 from peft_deploy.adapters.formats.onnx_adapter import onnx_tensors, slot_names
 from peft_deploy.adapters.formats.onnx_file import (
     SUFFIX,
+    UNKNOWN_BASE,
     model_version,
     read_onnx_file,
     write_onnx_adapter,
@@ -38,7 +39,6 @@ from peft_deploy.weights import Array, LoraPair, cast_array
 from peft_deploy.workflows.adapter_target import AdapterTarget, find_target
 
 ONNX_DTYPE = "float32"  # of the graphs that export writes
-_NO_MODEL_VERSION = (0, 1)  # not said; what onnxruntime's examples and Olive write
 _MARKS = {
     (AdapterFormat.PADDLE, Method.LORA): LORA_CONFIG_NAME,
     (AdapterFormat.PADDLE, Method.PREFIX): PREFIX_CONFIG_NAME,
@@ -274,7 +274,7 @@ def _read_prefix(path: Path, format: AdapterFormat, target: AdapterTarget) -> Pr
 def _warn_of_base(source: Path, target: AdapterTarget) -> None:
     found, own = read_onnx_file(source).model_version, model_version(target.fingerprint())
     if found not in (
-        *_NO_MODEL_VERSION,
+        *UNKNOWN_BASE,
         own,
     ):  # the same weights in another element type have another, too
         warnings.warn(

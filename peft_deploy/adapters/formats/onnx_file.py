@@ -18,6 +18,7 @@ from peft_deploy.weights.source import DTYPES, Array
 
 SUFFIX = ".onnx_adapter"
 ADAPTER_VERSION = 1
+UNKNOWN_BASE = (0, 1)  # model_version: not said; what onnxruntime's examples and Olive write
 MAX_BYTES = 2**31 - 1  # offsets in the file are signed 32-bit numbers
 MAGIC, MAGIC_AT = b"TORT", 4  # the file identifier of onnxruntime's adapter schema
 _ONNX_TYPES = {"float32": 1, "float16": 10, "float64": 11, "bfloat16": 16}  # TensorProto.DataType

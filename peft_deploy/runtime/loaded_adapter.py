@@ -1,0 +1,116 @@
+"""An adapter in memory, ready to be put into a graph's slots."""
+
+from __future__ import annotations
+
+import math
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from peft_deploy.adapters.formats.onnx_file import UNKNOWN_BASE, model_version, read_onnx_file
+from peft_deploy.bundle.slots import LORA_B, Slot, check_slots
+from peft_deploy.errors import AdapterError, ConfigError
+from peft_deploy.runtime._ort_values import to_ort
+from peft_deploy.runtime.runner import Array
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
+KEPT_SCALES = (
+    4  # scaled copies of B that an adapter keeps; the one that was not used for longest goes first
+)
+
+
+class LoadedAdapter:
+    """The tensors of one adapter on a device; never changes, so that any number of requests may share it.
+
+    Args:
+        name: what it goes by.
+        path: the file that it was read from.
+        tensors: slot → value, of the slots' types.
+        device: ``"cpu"`` or ``"cuda"``.
+    """
+
+    def __init__(self, name: str, path: Path, tensors: Mapping[str, Array], device: str) -> None:
+        self.name = name
+        self.path = path
+        self.slots = frozenset(tensors)
+        self.rank = max((a.shape[0] for n, a in tensors.items() if n.endswith(LORA_B)), default=0)
+        self._device = device
+        self._B = {name: array for name, array in tensors.items() if name.endswith(LORA_B)}
+        self._values = {name: to_ort(array, device) for name, array in tensors.items()}
+        self._scaled: OrderedDict[float, dict[str, ort.OrtValue]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def values(self, scale: float = 1.0) -> dict[str, ort.OrtValue]:
+        """Slot → value, with every B multiplied by ``scale``.
+
+        Raises:
+            ConfigError: the scale is not a finite number.
+            AdapterError: a scaled B does not fit its element type.
+        """
+        if not math.isfinite(scale):
+            raise ConfigError(f"the scale is {scale}; it has to be a finite number")
+        if scale == 1:
+            return dict(self._values)
+        with self._lock:
+            scaled = self._scaled.pop(scale, None)
+        if scaled is None:
+            scaled = {
+                n: to_ort(self._times(n, B, scale), self._device) for n, B in self._B.items()
+            }
+        with self._lock:
+            self._scaled[scale] = scaled
+            while len(self._scaled) > KEPT_SCALES:
+                self._scaled.popitem(last=False)
+        return {**self._values, **scaled}
+
+    def _times(self, name: str, B: Array, scale: float) -> Array:
+        with np.errstate(over="ignore"):
+            product: Array = (B.astype(np.float64) * scale).astype(B.dtype)
+        if not np.isfinite(product.astype(np.float64)).all():
+            raise AdapterError(
+                f"{name} of the adapter {self.name}, multiplied by {scale:g}, is too large for {B.dtype.name}"
+            )
+        return product
+
+
+def read_for_slots(
+    path: Path, name: str, slots: Mapping[str, Slot], bundle: Path, fingerprint: str, device: str
+) -> LoadedAdapter:
+    """Reads an ``.onnx_adapter`` file for the slots of a bundle's graph; everything about it is checked here.
+
+    Args:
+        path: the file.
+        name: what the adapter is to go by.
+        slots: of the graph.
+        bundle: for messages.
+        fingerprint: of the bundle's base model.
+        device: ``"cpu"`` or ``"cuda"``.
+
+    Raises:
+        AdapterError: no such file, a damaged one, one for another base model, or tensors that the graph has no
+            slots for or slots of another type or shape.
+    """
+    file = read_onnx_file(path)
+    if not slots:
+        raise AdapterError(
+            f"the graph of {bundle} has no slots for adapters, so it cannot take {path}",
+            hint="export it with --adapters runtime",
+        )
+    expected = model_version(fingerprint)
+    if file.model_version in UNKNOWN_BASE:
+        warnings.warn(f"{path} does not say which base model it is for", stacklevel=4)
+    elif file.model_version != expected:
+        raise AdapterError(
+            f"the adapter {path} is for another base model: its model_version is "
+            f"{file.model_version:#x}, that of {bundle} is {expected:#x}",
+            hint="convert it for this bundle's base: peft-deploy adapter convert … --to onnx --for BUNDLE",
+        )
+    check_slots(slots, file.tensors, bundle)
+    return LoadedAdapter(name, path, file.tensors, device)

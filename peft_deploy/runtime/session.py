@@ -1,0 +1,236 @@
+"""One graph in memory, adapters that come and go, and requests that each name theirs."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from peft_deploy.bundle.adapter_files import adapter_path
+from peft_deploy.bundle.manifest import Manifest
+from peft_deploy.bundle.prefixes import Prefix
+from peft_deploy.bundle.slots import Slot
+from peft_deploy.errors import AdapterError, ExecutionError
+from peft_deploy.runtime.caching import initial_cache
+from peft_deploy.runtime.generation import Generation, GenerationOptions, generate
+from peft_deploy.runtime.loaded_adapter import LoadedAdapter, read_for_slots
+from peft_deploy.runtime.onnx_runner import OnnxRunner
+from peft_deploy.runtime.runner import Array
+from peft_deploy.signature import INPUT_IDS, GraphSignature
+
+Adapters = str | Sequence[str] | None
+AnyPrefix = Prefix | Mapping[str, Array] | None
+
+
+class Session:
+    """A bundle's graph under ONNX Runtime with adapters that are loaded, used by name and unloaded.
+
+    Any number of threads may use it. A request holds on to the adapters that it began with: one that is unloaded
+    meanwhile is freed when the last request that uses it has ended. Without an adapter a request gets the base
+    model, exactly, whatever was used before.
+
+    Args:
+        bundle: the bundle's folder.
+        provider: ``"cpu"`` or ``"cuda"``.
+        threads: threads within one operator; None leaves it to onnxruntime (all cores).
+
+    Raises:
+        MissingExtraError: onnxruntime is not installed.
+        BundleError: the folder is no bundle, or not what its manifest says.
+        ExecutionError: the provider is not available, or onnxruntime refuses the model.
+
+    Example:
+        >>> session = Session("out")  # doctest: +SKIP
+        >>> session.load_adapter("poet")  # doctest: +SKIP
+        >>> session.generate([[1, 2, 3]], GenerationOptions(), adapter="poet")  # doctest: +SKIP
+    """
+
+    def __init__(
+        self, bundle: Path | str, *, provider: str = "cpu", threads: int | None = None
+    ) -> None:
+        self.folder = Path(bundle)
+        self.manifest = Manifest.read(self.folder)
+        self._base = OnnxRunner(
+            self.folder, self.manifest.signature, provider=provider, threads=threads
+        )
+        self._slots = self._base.slots
+        self._loaded: dict[str, LoadedAdapter] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def signature(self) -> GraphSignature:
+        """Inputs and outputs of the graph, slots left out."""
+        return self._base.signature
+
+    @property
+    def slots(self) -> Mapping[str, Slot]:
+        """The graph's slots by name."""
+        return self._slots
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters that are loaded, in the order in which they came."""
+        with self._lock:
+            return tuple(self._loaded)
+
+    def load_adapter(self, adapter: str | Path, name: str | None = None) -> str:
+        """Makes an adapter ready for use; whatever is wrong with it is found here.
+
+        Args:
+            adapter: a name from the bundle's manifest, or an ``.onnx_adapter`` file.
+            name: what it is to go by; its own name, or the file's, when None.
+
+        Returns:
+            The name that requests use.
+
+        Raises:
+            AdapterError: there is no such adapter, the name is taken, the file is damaged, for another base model,
+                or does not fit the graph's slots. The session keeps what it had.
+        """
+        path = self._find(adapter)
+        name = name or (
+            path.stem if isinstance(adapter, Path) or path == Path(adapter) else adapter
+        )
+        self._check_free(name)
+        fingerprint = str(self.manifest.base.get("fingerprint") or "")
+        read = read_for_slots(
+            path, name, self._slots, self.folder, fingerprint, self._base.provider
+        )
+        with self._lock:
+            if name in self._loaded:  # another thread was faster
+                raise _taken(name)
+            self._loaded[name] = read
+        return name
+
+    def unload_adapter(self, name: str) -> None:
+        """Forgets an adapter; requests under way keep it until they have ended.
+
+        Raises:
+            AdapterError: it is not loaded.
+        """
+        with self._lock:
+            if self._loaded.pop(name, None) is None:
+                raise self._unknown(name)
+
+    def runner(self, adapter: Adapters = None, *, scale: float = 1.0) -> OnnxRunner:
+        """The graph with these adapters active; keeps them as long as it lives.
+
+        Args:
+            adapter: the name of one that is loaded, or several that fill different slots; None for the base model.
+            scale: multiplies what LoRA adds.
+
+        Raises:
+            AdapterError: one is not loaded, or two fill the same slots.
+            ConfigError: the scale is not a finite number.
+        """
+        names = [] if adapter is None else [adapter] if isinstance(adapter, str) else list(adapter)
+        if not names:
+            return self._base
+        with self._lock:
+            missing = [name for name in names if name not in self._loaded]
+            if missing:
+                raise self._unknown(missing[0])
+            active = [self._loaded[name] for name in names]
+        _check_disjoint(active)
+        values = {slot: value for a in active for slot, value in a.values(scale).items()}
+        return self._base.with_slots(values)
+
+    def run(
+        self,
+        feeds: Mapping[str, Array],
+        outputs: Sequence[str] | None = None,
+        *,
+        adapter: Adapters = None,
+        prefix: Mapping[str, Array] | None = None,
+        scale: float = 1.0,
+    ) -> dict[str, Array]:
+        """The named outputs (all when None) of one call.
+
+        Args:
+            feeds: the graph's inputs; the cache may be left out, and is then empty or the prefix.
+            outputs: names of outputs.
+            adapter: as for :meth:`runner`.
+            prefix: cache input → [1, K, P, D] for every row; the mask in ``feeds`` has to count it.
+            scale: as for :meth:`runner`.
+
+        Raises:
+            AdapterError: as :meth:`runner`.
+            ExecutionError: the inputs do not fit the signature, or onnxruntime failed.
+        """
+        past = [spec.name for spec in self.signature.past]
+        if past and not any(name in feeds for name in past):
+            arrays = initial_cache(self.signature, len(feeds[INPUT_IDS]), prefix)
+            feeds = {**feeds, **dict(zip(past, arrays, strict=True))}
+        elif prefix is not None:
+            raise ExecutionError("a prefix stands in place of the cache, and both were given")
+        return self.runner(adapter, scale=scale).run(feeds, outputs)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        options: GenerationOptions,
+        *,
+        adapter: Adapters = None,
+        prefix: AnyPrefix = None,
+        scale: float = 1.0,
+    ) -> list[Generation]:
+        """What the model says after each prompt of token ids, in one padded batch.
+
+        Args:
+            prompts: token ids of each row.
+            options: how.
+            adapter: as for :meth:`runner`.
+            prefix: what every row begins after.
+            scale: as for :meth:`runner`.
+
+        Raises:
+            AdapterError: as :meth:`runner`.
+            ConfigError, ExecutionError: as :class:`~peft_deploy.runtime.generation.GenerationRun`.
+        """
+        return generate(self.runner(adapter, scale=scale), prompts, options, prefix)
+
+    def _find(self, adapter: str | Path) -> Path:
+        """The file of an adapter that was named or whose path was given."""
+        own = [str(a["name"]) for a in self.manifest.adapters if a.get("mode") == "runtime"]
+        if isinstance(adapter, str) and adapter in own:
+            return adapter_path(self.folder, adapter)
+        path = Path(adapter).expanduser()
+        if not path.exists():
+            raise AdapterError(
+                f"there is no adapter {str(adapter)!r}, neither in {self.folder} nor as a file",
+                hint=f"the bundle has {', '.join(own)}" if own else "give an .onnx_adapter file",
+            )
+        return path
+
+    def _check_free(self, name: str) -> None:
+        with self._lock:
+            if name in self._loaded:
+                raise _taken(name)
+
+    def _unknown(self, name: str) -> AdapterError:
+        """Called with the lock held."""
+        known = ", ".join(self._loaded)
+        return AdapterError(
+            f"no adapter {name!r} is loaded",
+            hint=f"there is {known}" if known else "load_adapter() it first",
+        )
+
+
+def _taken(name: str) -> AdapterError:
+    return AdapterError(
+        f"an adapter {name!r} is loaded already", hint="unload it first, or give another name"
+    )
+
+
+def _check_disjoint(active: Sequence[LoadedAdapter]) -> None:
+    """Onnxruntime would let one of the two win without a word."""
+    owner: dict[str, str] = {}
+    for adapter in active:
+        both = {owner[slot] for slot in adapter.slots if slot in owner}
+        if both:
+            raise AdapterError(
+                f"the adapters {', '.join(sorted(both))} and {adapter.name} fill the same slots, so they cannot "
+                "be active together",
+                hint="name one of them",
+            )
+        owner.update(dict.fromkeys(adapter.slots, adapter.name))
