@@ -14,6 +14,7 @@ from peft_deploy.families.past import (
     find_past_rule,
     known_past_rules,
     past_dims,
+    past_rule_of,
 )
 from peft_deploy.families.registry import find_family, known_architectures, register
 
@@ -33,5 +34,6 @@ __all__ = [
     "known_past_rules",
     "parallel_axes",
     "past_dims",
+    "past_rule_of",
     "register",
 ]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from peft_deploy.errors import UnsupportedModelError
+from peft_deploy.families.family import Family
 from peft_deploy.families.registry import find_family
 
 
@@ -88,6 +89,20 @@ def known_past_rules() -> list[str]:
 def find_past_rule(base_model_prefix: str | None) -> PastRule | None:
     """What the model does with a past; None for one that is not described."""
     return _RULES.get(base_model_prefix or "")
+
+
+def past_rule_of(family: Family, config: Mapping[str, Any]) -> PastRule | None:
+    """What a family's models do with a past; None for one that is not described.
+
+    PaddleNLP's models keep the model without its head under the name that is its ``base_model_prefix``, so that
+    parameters begin with it.
+
+    Args:
+        family: a family of decoders.
+        config: contents of config.json.
+    """
+    roots = (rule.paddle.partition(".")[0] for rule in family.names(config).rules)
+    return next((_RULES[root] for root in roots if root in _RULES), None)
 
 
 def past_dims(config: Mapping[str, Any], rule: PastRule | None) -> PastDims:

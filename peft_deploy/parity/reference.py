@@ -70,26 +70,30 @@ class PaddleReference:
                 else.
         """
         check_feeds(self._signature, feeds)
-        with paddle.no_grad(), warnings.catch_warnings(), _evaluating(self.model):
-            # Paddle deprecates what PaddleNLP calls; float64's lowest number overflows a cast.
-            warnings.simplefilter("default" if debugging() else "ignore")
+        wanted = self._signature.output_names if outputs is None else outputs
+        return self._compute(feeds, wanted)
+
+    def _compute(self, feeds: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
+        with undisturbed(self.model):
             tensors = {name: paddle.to_tensor(array) for name, array in feeds.items()}
             results = self.family.run_eagerly(self.model, tensors, self._signature)
-        wanted = self._signature.output_names if outputs is None else outputs
-        return {name: np.ascontiguousarray(results[name].numpy()) for name in wanted}
+        return {name: np.ascontiguousarray(results[name].numpy()) for name in outputs}
 
     def exact(self) -> PaddleReference | None:
         """The same model in float64; None when it would take more than :data:`MAX_EXACT_BYTES`, or
         than
         half of the memory that is free.
         """
-        size = 8 * sum(p.size for p in self.model.parameters())
-        free = _free_memory()
-        if size > MAX_EXACT_BYTES or (free is not None and size > free / 2):
+        if not self._fits_exactly():
             return None
         twin = copy.deepcopy(self.model)
         twin.to(dtype="float64")
         return PaddleReference(twin, self.family, self.config, "float64")
+
+    def _fits_exactly(self) -> bool:
+        size = 8 * sum(p.size for p in self.model.parameters())
+        free = _free_memory()
+        return size <= MAX_EXACT_BYTES and (free is None or size <= free / 2)
 
     def without_adapters(self) -> PaddleReference | None:
         """The same model with its adapter inactive; None when it is not a LoRA model."""
@@ -125,8 +129,8 @@ def _free_memory() -> int | None:
 
 
 @contextmanager
-def _evaluating(model: nn.Layer) -> Iterator[None]:
-    """Dropout off, and every layer's mode as it was afterwards.
+def undisturbed(model: nn.Layer) -> Iterator[None]:
+    """No gradients, no warnings, dropout off, and every layer's mode as it was afterwards.
 
     The flags are set directly: a LoRA model's own ``eval()`` may merge its weights.
     """
@@ -134,7 +138,10 @@ def _evaluating(model: nn.Layer) -> Iterator[None]:
     for layer in training:
         layer.training = False
     try:
-        yield
+        with paddle.no_grad(), warnings.catch_warnings():
+            # Paddle deprecates what PaddleNLP calls; float64's lowest number overflows a cast.
+            warnings.simplefilter("default" if debugging() else "ignore")
+            yield
     finally:
         for layer in training:
             layer.training = True
