@@ -7,8 +7,14 @@ two runners. Must not import workflows or the command line.
 
 from peft_deploy.parity.cases import Case, CaseMatrix, Text, build_matrix
 from peft_deploy.parity.compare import Difference, measure
-from peft_deploy.parity.gate import CheckOptions, check
-from peft_deploy.parity.generation import Prompt, compare_generation
+from peft_deploy.parity.expectation import Expectation
+from peft_deploy.parity.gate import (
+    CheckOptions,
+    check,
+    check_expectation,
+    measure_reference,
+)
+from peft_deploy.parity.generation import Prompt, Scores, compare_generation, score_tokens
 from peft_deploy.parity.oracle import Reference
 from peft_deploy.parity.report import (
     CaseResult,
@@ -29,6 +35,7 @@ __all__ = [
     "Difference",
     "Divergence",
     "Effect",
+    "Expectation",
     "GenerationResult",
     "Limit",
     "OutputResult",
@@ -36,10 +43,14 @@ __all__ = [
     "Prompt",
     "PromptResult",
     "Reference",
+    "Scores",
     "Text",
     "build_matrix",
     "check",
+    "check_expectation",
     "compare_generation",
     "derive_limit",
     "measure",
+    "measure_reference",
+    "score_tokens",
 ]

@@ -18,6 +18,12 @@ Floats = npt.NDArray[np.float32]
 Bools = npt.NDArray[np.bool_]
 
 
+# The bins of an error histogram: [0, 1e-12), [1e-12, 1e-11), … [0.1, 1), [1, ∞) of the scale.
+DECADES: tuple[float, ...] = tuple(10.0**power for power in range(-12, 1))
+TOP = 5
+_COUNTED = 1 << 18  # elements of one output that a histogram counts at most
+
+
 @dataclass(frozen=True)
 class Difference:
     """Metrics of one output of one case; only real tokens count.
@@ -37,6 +43,10 @@ class Difference:
             logits.
         kl: largest Kullback-Leibler divergence of a token's next-token distribution, in nats; None
             likewise.
+        top5: share of the reference's five most likely next tokens that are among the other
+            side's five, over all tokens; None likewise.
+        histogram: how many errors lie in each of :data:`DECADES`, by powers of ten of the scale;
+            of very large outputs, evenly spread elements are counted.
     """
 
     max_abs: float
@@ -50,6 +60,8 @@ class Difference:
     unequal_specials: int = 0
     top1: float | None = None
     kl: float | None = None
+    top5: float | None = None
+    histogram: tuple[int, ...] = ()
 
     @property
     def relative_max(self) -> float:
@@ -66,6 +78,7 @@ class Difference:
         plain = {name: getattr(self, name) for name in self.__dataclass_fields__}
         plain |= {"relative_max": self.relative_max, "relative_mean": self.relative_mean}
         plain["index"] = list(self.index)
+        plain["histogram"] = list(self.histogram)
         return {name: json_number(value) for name, value in plain.items() if value is not None}
 
 
@@ -100,12 +113,13 @@ def measure(
         for values in (expected, actual, errors)
     )
     finite = np.abs(want[np.isfinite(want)])
-    top1, kl = _next_token(want, have) if logits and not brief else (None, None)
+    scale = float(finite.max()) if finite.size else 0.0
+    top1, top5, kl = _next_token(want, have) if logits and not brief else (None, None, None)
     return Difference(
         max_abs=float(errors[index]),
         mean_abs=float(counted.mean(dtype=np.float64)),
         p99_abs=float("nan") if brief else _percentile(counted, 99),
-        scale=float(finite.max()) if finite.size else 0.0,
+        scale=scale,
         cosine=float("nan") if brief else _cosine(want, have),
         index=tuple(int(i) for i in index),
         expected=float(expected[index]),
@@ -113,6 +127,8 @@ def measure(
         unequal_specials=int(np.count_nonzero(np.isinf(errors))),
         top1=top1,
         kl=kl,
+        top5=top5,
+        histogram=() if brief else _histogram(counted, scale),
     )
 
 
@@ -143,13 +159,33 @@ def _cosine(want: Floats, have: Floats) -> float:
     return float(a @ b) / norms
 
 
-def _next_token(want: Floats, have: Floats) -> tuple[float, float]:
-    """Share of equal argmax, and the largest KL divergence, over tokens [N, V]."""
-    same = want.argmax(-1) == have.argmax(-1)
+def _histogram(errors: Floats, scale: float) -> tuple[int, ...]:
+    step = -(-errors.size // _COUNTED) | 1  # odd: dimensions are mostly even, and none is missed
+    sample = errors.ravel()[::step].astype(np.float64)
+    bins = np.searchsorted(np.array(DECADES) * (scale or 1.0), sample, side="right")
+    return tuple(np.bincount(bins, minlength=len(DECADES) + 1).tolist())
+
+
+def _next_token(want: Floats, have: Floats) -> tuple[float, float, float]:
+    """Share of equal argmax, share of common tokens among the best, and the largest KL divergence,
+    over tokens [N, V].
+    """
+    same = float((want.argmax(-1) == have.argmax(-1)).mean())
+    common = _common(_best(want), _best(have))
     if not (np.isfinite(want).all() and np.isfinite(have).all()):
-        return float(same.mean()), float("inf")
+        return same, common, float("inf")
     p, q = _log_softmax(want), _log_softmax(have)
-    return float(same.mean()), max(0.0, float((np.exp(p) * (p - q)).sum(-1).max()))
+    return same, common, max(0.0, float((np.exp(p) * (p - q)).sum(-1).max()))
+
+
+def _best(x: Floats) -> npt.NDArray[np.intp]:
+    """The most likely tokens, [N, 5], in no order."""
+    count = min(TOP, x.shape[-1])
+    return np.argpartition(x, x.shape[-1] - count, axis=-1)[:, -count:]
+
+
+def _common(one: npt.NDArray[np.intp], other: npt.NDArray[np.intp]) -> float:
+    return float((one[:, :, None] == other[:, None, :]).any(-1).mean())
 
 
 def _log_softmax(x: Floats) -> npt.NDArray[np.float64]:

@@ -12,7 +12,15 @@ import numpy as np
 from peft_deploy.errors import ExecutionError, ParityError
 from peft_deploy.parity.cases import Case, CaseMatrix, Text
 from peft_deploy.parity.compare import Difference, measure
-from peft_deploy.parity.generation import Prompt, compare_generation
+from peft_deploy.parity.expectation import Expectation
+from peft_deploy.parity.generation import (
+    IntArray,
+    Judge,
+    Prompt,
+    Scores,
+    compare_generation,
+    score_tokens,
+)
 from peft_deploy.parity.oracle import Reference
 from peft_deploy.parity.play import Results, counted, expected, given_cache, read_text, run_case
 from peft_deploy.parity.report import CaseResult, Effect, OutputResult, ParityReport
@@ -81,40 +89,101 @@ def check(
         ParityError: the reference itself gives NaN or infinite values, so that nothing can be
             compared.
     """
-    options, progress, clock = options or CheckOptions(), progress or Silent(), Clock()
+    progress = progress or Silent()
+    expectation = measure_reference(
+        reference, matrix, dtype=logits_dtype(bundle), progress=progress
+    )
+
+    def judge(prompt: Prompt, tokens: IntArray) -> Scores:
+        return score_tokens(reference, prompt, tokens)
+
+    return check_expectation(
+        expectation, bundle, prompts, judge, options=options, progress=progress
+    )
+
+
+def measure_reference(
+    reference: Reference, matrix: CaseMatrix, *, dtype: str, progress: Progress
+) -> Expectation:
+    """What a bundle has to give, and how far it may be from that.
+
+    Args:
+        reference: the model with its adapter active.
+        matrix: texts and cases.
+        dtype: of the bundle's logits.
+        progress: gets a phase.
+
+    Raises:
+        ParityError: see :func:`check`.
+    """
+    clock = Clock()
     progress.phase("Running the reference", len(matrix.texts) + len(matrix.cases), "cases")
     with clock.time("reference"):
         truth = _read_texts(reference, matrix.texts, progress)
         noise, warnings = _measure_noise(reference, matrix.cases, truth.known, progress)
-        limits = _derive_limits(noise, exact=truth.exact, dtype=_dtype(bundle))
-        effect = None if truth.effect is None else Effect(truth.effect, limits)
-    progress.phase("Running the bundle", len(matrix.cases), "cases")
-    with clock.time("bundle"):
-        results = tuple(_run_bundle(bundle, matrix.cases, truth.known, limits, progress))
-    generation = None
-    if prompts:
-        progress.phase("Generating on both sides", 2 * options.new_tokens, "tokens")
-        with clock.time("generation"):
-            generation = compare_generation(
-                reference, bundle, prompts, options.new_tokens, limits[LOGITS], progress
-            )
+        limits = _derive_limits(noise, exact=truth.exact, dtype=dtype)
+    effect = None if truth.effect is None else Effect(truth.effect, limits)
     if effect is not None and effect.is_blind:
         warnings.append(_blind(effect))
+    return Expectation(
+        matrix=matrix,
+        known=truth.known,
+        limits=limits,
+        effect=effect,
+        exact=truth.exact,
+        warnings=tuple(warnings),
+        seconds=clock.seconds,
+    )
+
+
+def check_expectation(
+    expectation: Expectation,
+    bundle: Runner,
+    prompts: Sequence[Prompt],
+    judge: Judge,
+    *,
+    options: CheckOptions | None = None,
+    progress: Progress | None = None,
+) -> ParityReport:
+    """Whether the bundle gives what is expected of it.
+
+    Args:
+        expectation: from the reference, now or earlier.
+        bundle: the exported model.
+        prompts: for greedy generation; none to leave it out.
+        judge: gives what the reference thinks of a prompt's new tokens.
+        options: what the check covers.
+        progress: gets a phase for the cases and one for the generation.
+    """
+    options, progress, clock = options or CheckOptions(), progress or Silent(), Clock()
+    clock.seconds.update(expectation.seconds)
+    cases, limits = expectation.matrix.cases, expectation.limits
+    progress.phase("Running the bundle", len(cases), "cases")
+    with clock.time("bundle"):
+        results = tuple(_run_bundle(bundle, cases, expectation.known, limits, progress))
+    generation = None
+    if prompts:
+        progress.phase("Generating", options.new_tokens + len(prompts), "tokens")
+        with clock.time("generation"):
+            generation = compare_generation(
+                judge, bundle, prompts, options.new_tokens, limits[LOGITS], progress
+            )
     return ParityReport(
         cases=results,
         generation=generation,
-        effect=effect,
+        effect=expectation.effect,
         limits=limits,
-        exact=truth.exact,
+        exact=expectation.exact,
         real_text=options.real_text,
         seed=options.seed,
-        warnings=warnings,
+        warnings=expectation.warnings,
         seconds=clock.seconds,
         provider=options.provider,
     )
 
 
-def _dtype(bundle: Runner) -> str:
+def logits_dtype(bundle: Runner) -> str:
+    """The element type of a runner's logits."""
     return next(spec.dtype for spec in bundle.signature.outputs if spec.name == LOGITS)
 
 

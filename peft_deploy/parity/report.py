@@ -103,7 +103,7 @@ def _output_dict(result: OutputResult) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Divergence:
-    """The first place where two greedy generations of a prompt differ.
+    """A place where the reference would have continued the bundle's text with another token.
 
     Args:
         step: index of the generated token.
@@ -138,19 +138,29 @@ class PromptResult:
 
     Args:
         prompt: the text, or what stands in its place.
-        expected: the reference's tokens.
+        expected: what the reference would have written at each step, after the bundle's tokens
+            before it.
         actual: the bundle's tokens.
-        divergence: where they part, None when they are equal.
+        divergence: the first difference that is no tie, or else the first tie; None when all
+            tokens are equal.
+        compared: how many of the tokens could be compared; all of them when None.
     """
 
     prompt: str
     expected: tuple[int, ...]
     actual: tuple[int, ...]
     divergence: Divergence | None = None
+    compared: int | None = None
+
+    @property
+    def agreeing(self) -> int:
+        """How many of the compared tokens are equal."""
+        pairs = list(zip(self.expected, self.actual, strict=True))[: self.compared]
+        return sum(expected == actual for expected, actual in pairs)
 
     @property
     def passed(self) -> bool:
-        """Whether the tokens are equal, or part at a tie."""
+        """Whether the tokens are equal but for ties."""
         return self.divergence is None or self.divergence.is_tie
 
     def to_dict(self) -> dict[str, Any]:
@@ -160,6 +170,7 @@ class PromptResult:
             "passed": self.passed,
             "expected": list(self.expected),
             "actual": list(self.actual),
+            "compared": len(self.actual) if self.compared is None else self.compared,
         }
         if self.divergence is not None:
             data["divergence"] = self.divergence.to_dict()
@@ -187,7 +198,7 @@ class GenerationResult:
 
     @property
     def ties(self) -> int:
-        """Prompts whose generations part at a tie."""
+        """Prompts in whose text the worst difference is a tie."""
         return sum(p.divergence is not None and p.divergence.is_tie for p in self.prompts)
 
     def to_dict(self) -> dict[str, Any]:

@@ -110,7 +110,7 @@ def _row(name: str, cases: Sequence[CaseResult]) -> list[str]:
 def _generation_row(generation: GenerationResult) -> list[str]:
     prompts = generation.prompts
     tokens = sum(len(p.expected) for p in prompts)
-    equal = sum(len(p.expected) if p.divergence is None else p.divergence.step for p in prompts)
+    equal = sum(p.agreeing for p in prompts)
     ties = f"{generation.ties} tie(s)" if generation.ties else ""
     return [
         f"greedy text, {len(prompts)} prompts",

@@ -105,3 +105,26 @@ def test_brief_leaves_the_decisive_metrics_alone() -> None:
         brief.index,
     )
     assert brief.top1 is None and full.top1 is not None
+
+
+def test_five_best_tokens_and_the_histogram() -> None:
+    want = np.zeros((1, 2, 8), np.float32)
+    want[..., :6] = [6, 5, 4, 3, 2, 1]
+    have = want.copy()
+    have[0, 1, 6] = 5.5  # a sixth among the best five of the second token: 6 takes the place of 2
+    d = measure(want, have, np.ones((1, 2), bool), logits=True)
+    assert d.top1 == 1.0 and d.top5 == pytest.approx(9 / 10)
+    assert d.kl is not None and d.kl > 0.1
+    assert sum(d.histogram) == 16 and d.histogram[0] == 15
+    assert d.histogram[-2] == 1  # 5.5 of a scale of 6
+    brief = measure(want, have, np.ones((1, 2), bool), logits=True, brief=True)
+    assert brief.top5 is None and brief.histogram == ()
+
+
+def test_a_histogram_of_a_large_output_counts_evenly_spread_errors() -> None:
+    want = np.ones((1, 1, 1_000_000), np.float32)
+    have = want + np.where(np.arange(1_000_000) % 2, 0, 1e-3).astype(np.float32)
+    counts = measure(want, have, np.ones((1, 1), bool), logits=True).histogram
+    assert 100_000 < sum(counts) <= 2**18
+    assert counts[0] == pytest.approx(sum(counts) / 2, rel=1e-4)
+    assert counts[10] == sum(counts) - counts[0]
