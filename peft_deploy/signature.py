@@ -31,6 +31,9 @@ PREFIX_VALUE_TEMPLATE = "prefix.%d.value"
 PREFIX_OFFSET = "prefix.position_offset"  # [1], added to position_ids
 PREFIX = "prefix"  # tokens in it
 
+# Slots for LoRA are called after the module that they belong to; A is [in, rank], B is [rank, out].
+LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
+
 
 def past_names(num_layers: int) -> list[str]:
     """Cache inputs in graph order: key and value of layer 0, of layer 1, …"""
@@ -46,9 +49,7 @@ def present_names(num_layers: int) -> list[str]:
 
 def prefix_names(num_layers: int) -> list[str]:
     """Slots of a prefix, matching :func:`past_names`."""
-    return [
-        t % i for i in range(num_layers) for t in (PREFIX_KEY_TEMPLATE, PREFIX_VALUE_TEMPLATE)
-    ]
+    return [t % i for i in range(num_layers) for t in (PREFIX_KEY_TEMPLATE, PREFIX_VALUE_TEMPLATE)]
 
 
 @dataclass(frozen=True)

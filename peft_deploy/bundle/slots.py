@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peft_deploy.errors import AdapterError, BundleError, listed
+from peft_deploy.signature import LORA_A, LORA_B
 from peft_deploy.weights.source import Array
-
-LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"  # what slots for LoRA end with; see slot_names
 
 
 @dataclass(frozen=True)

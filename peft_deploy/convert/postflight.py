@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 
 import onnx_ir as ir
 
@@ -12,15 +13,23 @@ from peft_deploy.signature import GraphSignature
 _CONTROL_FLOW = frozenset({"If", "Loop", "Scan"})
 
 
-def check_graph(model: ir.Model, signature: GraphSignature, opset: int) -> dict[str, int]:
+def check_graph(
+    model: ir.Model, signature: GraphSignature, opset: int, slots: Collection[str] = ()
+) -> dict[str, int]:
     """Checks a graph against what was asked for.
+
+    Args:
+        model: the graph, its weights bound.
+        signature: inputs and outputs.
+        opset: version of the default operator set.
+        slots: further inputs, which have a default.
 
     Returns:
         Operator → how often it appears.
 
     Raises:
         ConversionError: another opset or domain, control flow, dangling values, names used twice, inputs or
-            outputs that are not the signature's.
+            outputs that are not the signature's, slots that were not asked for.
     """
     graph = model.graph
     problems = []
@@ -34,8 +43,11 @@ def check_graph(model: ir.Model, signature: GraphSignature, opset: int) -> dict[
         problems.append(f"control flow: {', '.join(sorted(found))}")
     problems += _dangling(graph)
     problems += _repeated(graph)
-    if [v.name for v in graph.inputs] != signature.input_names:
+    given = [v.name for v in graph.inputs if v.name not in graph.initializers]
+    if given != signature.input_names:
         problems.append("inputs that are not the signature's")
+    if {v.name for v in graph.inputs} - set(given) != set(slots):
+        problems.append("inputs with a default that are not the slots for adapters")
     if [v.name for v in graph.outputs] != signature.output_names:
         problems.append("outputs that are not the signature's")
     if problems:

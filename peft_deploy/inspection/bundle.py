@@ -146,7 +146,7 @@ def _compare_graph(model: Path, manifest: Manifest) -> list[str]:
     if dict(operators) != manifest.graph.get("operators", {}):
         problems.append("the graph's operators are not those of the manifest")
     declared = GraphSignature(
-        tuple(_spec(value) for value in loaded.graph.inputs),
+        tuple(_spec(v) for v in loaded.graph.inputs if v.name not in loaded.graph.initializers),
         tuple(_spec(value) for value in loaded.graph.outputs),
     )
     return problems + _differences(declared, manifest.signature)

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from peft_deploy.adapters.formats.onnx_file import UNKNOWN_BASE, model_version, read_onnx_file
-from peft_deploy.bundle.slots import LORA_B, Slot, check_slots
+from peft_deploy.bundle.slots import Slot, check_slots
 from peft_deploy.errors import AdapterError, ConfigError
 from peft_deploy.runtime._ort_values import to_ort
 from peft_deploy.runtime.runner import Array
+from peft_deploy.signature import LORA_B
 
 if TYPE_CHECKING:
     import onnxruntime as ort

@@ -205,7 +205,7 @@ def _to_onnx(
         if name.endswith(".lora_A.weight") and isinstance(slot.dims[-1], int)
     }
     ranks = {name: rank for name, rank in fixed.items() if isinstance(rank, int)}
-    tensors = onnx_tensors(adapter, names, dtype, ranks)
+    tensors = onnx_tensors(adapter, names, dtype, ranks, slots)
     if target.bundle is not None:
         check_slots(slots, tensors, target.bundle)
     version = model_version(target.fingerprint())

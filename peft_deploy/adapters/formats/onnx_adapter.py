@@ -7,7 +7,7 @@ graph's slots, ``model.layers.0.self_attn.q_proj.lora_A.weight``.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from peft_deploy.adapters.formats.peft_writer import huggingface_modules, refuse
 from peft_deploy.adapters.formats.uniform import adapter_of_pairs, pad_rank
 from peft_deploy.errors import AdapterError, CheckpointError, listed
 from peft_deploy.families.names import NameMap
+from peft_deploy.signature import LORA_A, LORA_B
 from peft_deploy.weights.cast import cast_array
 from peft_deploy.weights.lora import LoraPair
 from peft_deploy.weights.source import Array
@@ -31,7 +32,7 @@ _BLOCKS = {".attn.": ".self_attn."}
 
 def slot_names(huggingface_module: str) -> tuple[str, str]:
     """The names of a module's A and B in graphs and in files."""
-    return f"{huggingface_module}.lora_A.weight", f"{huggingface_module}.lora_B.weight"
+    return huggingface_module + LORA_A, huggingface_module + LORA_B
 
 
 def onnx_tensors(
@@ -39,6 +40,7 @@ def onnx_tensors(
     names: NameMap,
     dtype: str,
     ranks: Mapping[str, int] | None = None,
+    slots: Collection[str] = (),
 ) -> dict[str, Array]:
     """What a file holds of an adapter: A and scaling · B by slot names, each element rounded once.
 
@@ -47,6 +49,7 @@ def onnx_tensors(
         names: of the base model's family.
         dtype: the graph's.
         ranks: slot of A → its rank, for graphs whose slots have a fixed one; filled up with zeros.
+        slots: of the graph, where they are known; a module that has some is a linear layer.
 
     Raises:
         AdapterError: something that slots cannot represent, a rank that is too large, or values that are
@@ -61,7 +64,7 @@ def onnx_tensors(
         )
     result: dict[str, Array] = {}
     modules = huggingface_modules(adapter, names)
-    embeddings = [name for name, embedding in modules.values() if embedding]
+    embeddings = [n for n, odd in modules.values() if odd and slot_names(n)[0] not in slots]
     if embeddings:
         raise AdapterError(
             f"{adapter.path} adapts embeddings; slots for LoRA are those of linear layers:\n{listed(embeddings)}",

@@ -1,0 +1,245 @@
+"""Slots for LoRA: two inputs beside a linear layer, empty by default, which an adapter fills at run time.
+
+    y = x · W + bias   becomes   y = (x · W + bias) + (x · A) · B
+
+A is [in, R] and B is [R, out], with the adapter's scaling in it; both are graph inputs and initializers at once, what
+ONNX calls inputs with a default. With the default of rank 0 the second term is exactly zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from peft_deploy.convert.weight_file import WeightFile
+from peft_deploy.errors import ConversionError
+from peft_deploy.signature import LORA_A, LORA_B
+from peft_deploy.weights.source import DTYPES
+
+_WEIGHT, _BIAS = ".weight", ".bias"
+_ZEROS = "slots.zeros"  # in the file of weights: what every slot of a fixed rank holds at first
+
+# Given the module names of all linear layers of a graph, those that get slots.
+Selection = Callable[[Sequence[str]], Sequence[str]]
+
+
+@dataclass(frozen=True)
+class LoraSlots:
+    """The slots of a graph.
+
+    Args:
+        modules: of the layers that have them, by Hugging Face's names.
+        names: A and B of each module, as the graph's inputs follow each other.
+        rank: R of all slots; None where each takes any rank.
+        dtype: numpy's name of their element type.
+    """
+
+    modules: tuple[str, ...]
+    names: tuple[str, ...]
+    rank: int | None
+    dtype: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready form, for the manifest."""
+        return {
+            "targets": list(self.modules),
+            "names": list(self.names),
+            "rank": self.rank,
+            "dtype": self.dtype,
+        }
+
+
+class AddLoraSlotsPass(ir.passes.InPlacePass):
+    """Adds ``MODULE.lora_A.weight`` [in, rank] and ``MODULE.lora_B.weight`` [rank, out] to chosen linear layers.
+
+    Precondition: weights are bound, and go by Hugging Face's names. Postcondition: the graph's other inputs and its
+    outputs are what they were; without an adapter so is every result, bit by bit.
+
+    Each layer's rank is a dimension of its own: onnxruntime reuses buffers of the same symbolic shape, and refuses
+    to run where two layers call their ranks alike and an adapter gives them different ones.
+
+    Args:
+        select: which linear layers get slots.
+        file: of the weights; gets the zeros of a fixed rank.
+        rank: R for runtimes that take no empty tensors; None leaves it open.
+
+    Attributes:
+        added: the slots, after the pass has run.
+
+    Raises:
+        ConversionError: the linear layers are of several element types.
+    """
+
+    def __init__(self, select: Selection, file: WeightFile, rank: int | None = None) -> None:
+        super().__init__()
+        self._select = select
+        self._file = file
+        self._rank = rank
+        self.added: LoraSlots | None = None
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Inserts three nodes a layer."""
+        graph = model.graph
+        linears = find_linears(graph)
+        chosen = {module: linears[module] for module in self._select(list(linears))}
+        dtypes = {linear.dtype for linear in chosen.values()}
+        if len(dtypes) > 1:
+            raise ConversionError(
+                f"the layers that are to get slots are of several element types: {', '.join(sorted(dtypes))}"
+            )
+        dtype = dtypes.pop() if dtypes else "float32"
+        default = self._defaults(chosen, dtype)
+        names: list[str] = []
+        for module, linear in chosen.items():
+            in_size, out_size = linear.shape
+            rank = self._rank or f"{module}.rank"
+            A = _slot(graph, module + LORA_A, (in_size, rank), default)
+            B = _slot(graph, module + LORA_B, (rank, out_size), default)
+            _add_product(graph, linear, A, B)
+            names += [module + LORA_A, module + LORA_B]
+        self.added = LoraSlots(tuple(chosen), tuple(names), self._rank, dtype)
+        return ir.passes.PassResult(model, modified=bool(chosen))
+
+    def _defaults(self, chosen: Mapping[str, Linear], dtype: str) -> _Default:
+        """Empty tensors in the graph itself; or zeros, which all slots share and the file holds once."""
+        if self._rank is None:
+            return _EmptyDefault(DTYPES[dtype])
+        largest = max((size for linear in chosen.values() for size in linear.shape), default=0)
+        self._file.add(_ZEROS, np.zeros(largest * self._rank, DTYPES[dtype]))
+        return _ZeroDefault(self._file, DTYPES[dtype])
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer of a graph.
+
+    Args:
+        node: multiplies by the weight.
+        result: of the layer, a bias included.
+        shape: (in, out).
+        dtype: numpy's name of the weight's element type.
+    """
+
+    node: ir.Node
+    result: ir.Value
+    shape: tuple[int, int]
+    dtype: str
+
+
+def find_linears(graph: ir.Graph) -> dict[str, Linear]:
+    """The linear layers of a graph whose weights are bound, by module, in the order in which they are computed.
+
+    A layer is a MatMul by a weight ``MODULE.weight`` [in, out] that nothing else uses, with ``MODULE.bias`` added to
+    its result where there is one.
+    """
+    found = {}
+    for node in graph:
+        if node.op_type != "MatMul" or node.domain:
+            continue
+        weight = node.inputs[1]
+        name = "" if weight is None else weight.name or ""
+        if weight is None or not name.endswith(_WEIGHT) or len(weight.uses()) != 1:
+            continue
+        tensor = graph.initializers[name].const_value if name in graph.initializers else None
+        if tensor is None or len(tensor.shape) != 2:
+            continue
+        module = name.removesuffix(_WEIGHT)
+        in_size, out_size = tensor.shape.numpy()
+        found[module] = Linear(
+            node, _with_bias(node.outputs[0], module), (in_size, out_size), _numpy_name(tensor)
+        )
+    return found
+
+
+def in_numbered_layers(modules: Sequence[str]) -> list[str]:
+    """The modules that belong to one of a model's layers, which are numbered; not the head, for instance."""
+    return [module for module in modules if any(part.isdigit() for part in module.split("."))]
+
+
+def _with_bias(product: ir.Value, module: str) -> ir.Value:
+    users = list(product.uses())
+    if len(users) != 1 or users[0].node.op_type != "Add" or product.is_graph_output():
+        return product
+    added = users[0].node
+    names = {value.name for value in added.inputs if value is not None}
+    return added.outputs[0] if f"{module}{_BIAS}" in names else product
+
+
+def _numpy_name(tensor: ir.TensorProtocol) -> str:
+    return str(tensor.dtype.numpy().name)
+
+
+_Default = Callable[[str, tuple[int | str, ...]], ir.TensorProtocol]
+
+
+@dataclass(frozen=True)
+class _EmptyDefault:
+    dtype: np.dtype[Any]
+
+    def __call__(self, name: str, dims: tuple[int | str, ...]) -> ir.TensorProtocol:
+        sizes = [dim if isinstance(dim, int) else 0 for dim in dims]
+        return ir.tensor(np.zeros(sizes, self.dtype), name=name)
+
+
+@dataclass(frozen=True)
+class _ZeroDefault:
+    file: WeightFile
+    dtype: np.dtype[Any]
+
+    def __call__(self, name: str, dims: tuple[int | str, ...]) -> ir.TensorProtocol:
+        sizes = [int(dim) for dim in dims]
+        return ir.ExternalTensor(
+            self.file.path.name,
+            self.file.placements[_ZEROS].offset,
+            math.prod(sizes) * self.dtype.itemsize,
+            ir.DataType.from_numpy(self.dtype),
+            shape=ir.Shape(sizes),
+            name=name,
+            base_dir=self.file.path.parent,
+        )
+
+
+def _slot(graph: ir.Graph, name: str, dims: tuple[int | str, ...], default: _Default) -> ir.Value:
+    tensor = default(name, dims)
+    value = ir.Value(
+        name=name, shape=ir.Shape(dims), type=ir.TensorType(tensor.dtype), const_value=tensor
+    )
+    graph.inputs.append(value)
+    graph.register_initializer(value)
+    return value
+
+
+def _add_product(graph: ir.Graph, linear: Linear, A: ir.Value, B: ir.Value) -> None:
+    """Adds (x · A) · B to the layer's result, wherever that is used."""
+    folder = (linear.node.name or "").rpartition("/")[0]
+    users = list(linear.result.uses())
+    xA = _node("MatMul", [linear.node.inputs[0], A], f"{folder}/lora_A")
+    xAB = _node("MatMul", [xA.outputs[0], B], f"{folder}/lora_B")
+    total = _node("Add", [linear.result, xAB.outputs[0]], f"{folder}/lora")
+    producer = linear.result.producer()
+    assert producer is not None  # a layer's result is computed
+    graph.insert_after(producer, [xA, xAB, total])
+    for user in users:
+        user.node.replace_input_with(user.idx, total.outputs[0])
+    _take_over_output(graph, linear.result, total.outputs[0])
+
+
+def _take_over_output(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
+    """A layer whose result leaves the graph, such as the head: the name goes over to the sum."""
+    for index, value in enumerate(graph.outputs):
+        if value is old:
+            name = old.name
+            old.name, new.name = f"{name}.base", name
+            new.shape, new.type = old.shape, old.type
+            graph.outputs[index] = new
+
+
+def _node(operator: str, inputs: Sequence[ir.Value | None], folder: str) -> ir.Node:
+    node = ir.Node("", operator, inputs, num_outputs=1, name=f"{folder}/{operator}")
+    node.outputs[0].name = f"{node.name}_output_0"
+    return node
