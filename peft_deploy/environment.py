@@ -59,21 +59,31 @@ def require_paddle(purpose: str = "this step") -> None:
     otherwise choose a slow one (three times slower training, measured), and the log lines of both packages
     are silenced unless debugging.
     """
-    require("paddle", "paddle", purpose)
     require("paddlenlp", "paddle", purpose)
+    require_paddle_inference(purpose)
+    if not debugging():
+        _silence_paddle()
+
+
+def require_paddle_inference(purpose: str = "running a bundle in Paddle's format") -> None:
+    """The same without PaddleNLP, which running a bundle does not need."""
+    require("paddle", "paddle", purpose)
     if "paddle" not in sys.modules:
-        cores = (
-            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        )
-        os.environ.setdefault("FLAGS_paddle_num_threads", str(cores or 1))
+        cores = available_cores()
+        os.environ.setdefault("FLAGS_paddle_num_threads", str(cores))
         # Importing Paddle sets OMP_NUM_THREADS to 1, which MKL follows unless told otherwise.
-        os.environ.setdefault("MKL_NUM_THREADS", str(cores or 1))
+        os.environ.setdefault("MKL_NUM_THREADS", str(cores))
         if _is_amd():
             os.environ.setdefault("MKL_DEBUG_CPU_TYPE", "5")
         if not debugging():
             os.environ.setdefault("GLOG_minloglevel", "3")
-    if not debugging():
-        _silence_paddle()
+
+
+def available_cores() -> int:
+    """CPU cores that this process may use, at least 1."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def import_paddlenlp_models() -> None:

@@ -10,6 +10,8 @@ from peft_deploy.bundle.manifest import (
     MANIFEST,
     MODEL,
     MODEL_DATA,
+    PARAMS,
+    PROGRAM,
     Manifest,
 )
 from peft_deploy.bundle.runtimes import genai_config, special_token_ids
@@ -19,6 +21,8 @@ __all__ = [
     "MANIFEST",
     "MODEL",
     "MODEL_DATA",
+    "PARAMS",
+    "PROGRAM",
     "BundleFolder",
     "Manifest",
     "genai_config",

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from peft_deploy.config.export import FORMATS, ONNX
 from peft_deploy.errors import BundleError
 from peft_deploy.signature import GraphSignature
 
@@ -14,6 +15,8 @@ FORMAT_VERSION = 1
 MANIFEST = "peft_deploy.json"
 MODEL = "model.onnx"
 MODEL_DATA = "model.onnx.data"
+PROGRAM = "model.json"  # Paddle's static format
+PARAMS = "model.pdiparams"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +30,8 @@ class Manifest:
         model_type: the family.
         architecture: PaddleNLP's class name.
         signature: inputs and outputs of the graph.
-        opset: version of the default operator set.
+        opset: version of the default operator set; None in Paddle's format.
+        format: ``onnx``, or ``paddle`` for Paddle's static format.
         precision: ``fp32``, ….
         base: where the base model came from: ``name``, ``layout`` and ``fingerprint``.
         adapters: one entry an adapter: ``name``, ``method``, ``mode`` (``merged``), ``rank``, ``scaling``,
@@ -43,8 +47,9 @@ class Manifest:
     model_type: str
     architecture: str
     signature: GraphSignature
-    opset: int
+    opset: int | None
     precision: str
+    format: str = ONNX
     base: dict[str, Any]
     adapters: list[dict[str, Any]] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
@@ -85,6 +90,8 @@ class Manifest:
             unknown = set(data) - {f.name for f in fields(cls)}
             if unknown:
                 raise BundleError(f"{path} has unknown entries: {', '.join(sorted(unknown))}")
+            if data.get("format", ONNX) not in FORMATS:
+                raise BundleError(f"{path} has the unknown format {data['format']!r}")
             return cls(**data)
         except (KeyError, TypeError) as exc:
             raise BundleError(f"{path} is incomplete: {exc}") from exc

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from peft_deploy.cli._common import common_options, emit_json, say
-from peft_deploy.config.export import DEFAULT_OPSET
+from peft_deploy.config.export import DEFAULT_OPSET, FORMATS, ONNX
 
 if TYPE_CHECKING:
     from peft_deploy.workflows.export import ExportResult
@@ -24,6 +24,13 @@ if TYPE_CHECKING:
     "--output", required=True, type=click.Path(path_type=Path), help="The bundle's folder."
 )
 @click.option(
+    "--format",
+    type=click.Choice(FORMATS),
+    default=ONNX,
+    show_default=True,
+    help="ONNX, or Paddle's static format for Paddle Inference.",
+)
+@click.option(
     "--opset", type=int, default=DEFAULT_OPSET, show_default=True, help="ONNX operator set."
 )
 @click.option("--no-validate", is_flag=True, help="Leave out the check against the dynamic graph.")
@@ -36,6 +43,7 @@ def export_command(
     adapter: str | None,
     merge: bool,
     output: Path,
+    format: str,
     opset: int,
     no_validate: bool,
     keep_failed: bool,
@@ -43,7 +51,7 @@ def export_command(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Make an ONNX bundle of a base model and the LoRA adapter trained on it.
+    """Make a bundle of a base model and the LoRA adapter trained on it: ONNX, or Paddle's static format.
 
     The bundle is checked against the model in Paddle's dynamic graph before it is put in place.
     """
@@ -58,6 +66,7 @@ def export_command(
         )
     options = ExportOptions(
         merge=merge,
+        format=format,
         opset=opset,
         validate=not no_validate,
         keep_failed=keep_failed,

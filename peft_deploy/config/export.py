@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from peft_deploy.errors import ConfigError
 
+ONNX, PADDLE = "onnx", "paddle"
+FORMATS = (ONNX, PADDLE)
 DEFAULT_OPSET = 17
 # Paddle2ONNX aborts above 21; below 13 Unsqueeze and Split have another form than its translators emit here.
 OPSETS = range(13, 22)
@@ -17,7 +19,8 @@ class ExportOptions:
 
     Args:
         merge: fold the adapter into the base model's weights.
-        opset: version of the default ONNX operator set.
+        format: ``"onnx"``, or ``"paddle"`` for Paddle's static format (``model.json``, ``model.pdiparams``).
+        opset: version of the default ONNX operator set; not used for Paddle's format.
         validate: check the bundle against the dynamic graph before it is put in place.
         force: replace an output folder that is not empty.
         keep_failed: leave a bundle in place that failed the check, marked as failed in its manifest.
@@ -28,6 +31,7 @@ class ExportOptions:
     """
 
     merge: bool = True
+    format: str = ONNX
     opset: int = DEFAULT_OPSET
     validate: bool = True
     force: bool = False
@@ -35,6 +39,16 @@ class ExportOptions:
     dry_run: bool = False
 
     def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise ConfigError(
+                f"format {self.format!r} is unknown; it can be {' or '.join(FORMATS)}"
+            )
+        if self.format == PADDLE and self.opset != DEFAULT_OPSET:
+            raise ConfigError(
+                f"opset {self.opset} was asked for, which is a version of ONNX's operators; "
+                "the format is Paddle's own",
+                hint="leave --opset out, or --format paddle",
+            )
         if self.opset not in OPSETS:
             raise ConfigError(
                 f"opset {self.opset} cannot be made; choose {OPSETS.start} to {OPSETS.stop - 1}"

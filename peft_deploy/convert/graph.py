@@ -11,9 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-GRAPH_FILE = "graph.onnx"
-NAMES_FILE = "names.json"
-CONSTANTS_FILE = "constants.npz"
+from peft_deploy.convert.worker import CONSTANTS_FILE, GRAPH_FILE, NAMES_FILE
 
 
 @dataclass(frozen=True)

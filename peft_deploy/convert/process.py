@@ -17,12 +17,14 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import peft_deploy.errors
+from peft_deploy.config.export import ONNX
 from peft_deploy.convert.worker import ERROR_FILE, REQUEST_FILE
 from peft_deploy.environment import debugging, require
 from peft_deploy.errors import ConverterCrashError, PeftDeployError
 
 if TYPE_CHECKING:
     from peft_deploy.convert.graph import ConvertedGraph
+    from peft_deploy.convert.paddle_static import StaticProgram
 
 LOG_FILE = "log.txt"
 _PIPE_BYTES = 1 << 16
@@ -37,16 +39,19 @@ class ConversionJob:
     Args:
         config: the model's config.json.
         opset: version of the default operator set to ask Paddle2ONNX for.
+        format: ``"onnx"``, or ``"paddle"`` for the traced program itself.
 
     Raises:
-        MissingExtraError: Paddle, PaddleNLP or Paddle2ONNX is not installed.
+        MissingExtraError: Paddle, PaddleNLP or, for ONNX, Paddle2ONNX is not installed.
     """
 
-    def __init__(self, config: Mapping[str, Any], opset: int) -> None:
-        for package in ("paddle", "paddlenlp", "paddle2onnx"):
+    def __init__(self, config: Mapping[str, Any], opset: int, format: str = ONNX) -> None:
+        converter = ("paddle2onnx",) if format == ONNX else ()
+        for package in ("paddle", "paddlenlp", *converter):
             require(package, "paddle", "exporting a model")
         self._folder = Path(tempfile.mkdtemp(prefix="peft-deploy-"))
-        request = {"config": dict(config), "opset": opset}
+        request = {"config": dict(config), "opset": opset, "format": format}
+        self._format = format
         (self._folder / REQUEST_FILE).write_text(json.dumps(request), "utf-8")
         self._events, writing = os.pipe()
         try:
@@ -85,7 +90,7 @@ class ConversionJob:
         os.close(self._events)
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def result(self, on_phase: Callable[[str], None]) -> ConvertedGraph:
+    def result(self, on_phase: Callable[[str], None]) -> ConvertedGraph | StaticProgram:
         """Waits for the child and reads what it made.
 
         Args:
@@ -108,6 +113,10 @@ class ConversionJob:
             raise _rebuild(json.loads(error.read_text("utf-8")))
         if status != 0:
             raise self._crash(status)
+        if self._format != ONNX:
+            from peft_deploy.convert.paddle_static import StaticProgram
+
+            return StaticProgram.read(self._folder)
         from peft_deploy.convert.graph import ConvertedGraph
 
         return ConvertedGraph.read(self._folder)

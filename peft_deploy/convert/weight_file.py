@@ -6,7 +6,7 @@ It needs nothing but the tensors, so it is written while the converter's process
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -45,6 +45,7 @@ class WeightFile:
 
     Attributes:
         placements: name → where it lies.
+        end: bytes written so far.
     """
 
     def __init__(self, path: Path, output: Path | None = None) -> None:
@@ -54,7 +55,7 @@ class WeightFile:
         with disk_errors(self.output):
             self._file = path.open("wb")
         self._digest = hashlib.sha256()
-        self._end = 0
+        self.end = 0
 
     def __enter__(self) -> WeightFile:
         return self
@@ -73,6 +74,10 @@ class WeightFile:
         """Of what has been written so far, in hexadecimal."""
         return self._digest.hexdigest()
 
+    def ordered(self, names: Iterable[str]) -> list[str]:
+        """The order to add tensors in: layer 2 before layer 10, whatever the checkpoint's order is."""
+        return sorted(names, key=_by_layer)
+
     def add(self, name: str, tensor: Array) -> None:
         """Appends a tensor; its memory is free again afterwards.
 
@@ -80,31 +85,31 @@ class WeightFile:
             OutputError: the disk is full, or another reason of the operating system's.
         """
         alignment = PAGE if tensor.nbytes >= PAGE else CACHE_LINE
-        self._write(bytes(-self._end % alignment))
-        start = self._end
+        self._write(bytes(-self.end % alignment))
+        start = self.end
         for block in contiguous_blocks(tensor):
             self._write(block.reshape(-1).view("uint8").data)
-        length = self._end - start
+        length = self.end - start
         self.placements[name] = Placement(tensor.dtype.name, tensor.shape, start, length)
 
     def _write(self, data: bytes | memoryview) -> None:
         with disk_errors(self.output):
             self._file.write(data)
         self._digest.update(data)
-        self._end += len(data)
+        self.end += len(data)
 
 
 def stream_weights(tensors: TensorSource, file: WeightFile, progress: Progress) -> None:
     """Writes all tensors of a source, reading one at a time.
 
-    In the order of their names, layer 2 before layer 10, so that the file does not depend on the checkpoint's form.
+    In the file's own order, so that it does not depend on the checkpoint's form.
 
     Args:
         tensors: in PaddleNLP's names and layout.
         file: to write to.
         progress: gets a phase counted in bytes.
     """
-    names = sorted(tensors.names(), key=_by_layer)
+    names = file.ordered(tensors.names())
     sizes = {name: tensors.info(name).nbytes for name in names}
     progress.phase("Merging and writing weights", sum(sizes.values()), "bytes")
     for number, (name, size) in enumerate(sizes.items(), 1):

@@ -2,7 +2,8 @@
 
 Tracing and Paddle2ONNX run here, away from the user's process, because Paddle2ONNX calls ``abort()`` for what it
 cannot convert, keeps global state, and writes its log to C++ stdout. Reads ``request.json`` in FOLDER; leaves the
-weightless graph and its names there, or ``error.json``. Writes the title of each phase, one a line, to EVENTS_FD.
+weightless graph, or the traced program itself, and its names there, or ``error.json``. Writes the title of each
+phase, one a line, to EVENTS_FD.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peft_deploy.config.export import ONNX
 from peft_deploy.environment import import_paddlenlp_models, require_paddle
 from peft_deploy.errors import ConversionError, PeftDeployError
 
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
 REQUEST_FILE = "request.json"
 ERROR_FILE = "error.json"
 PROGRAM_FILE = "program.json"
+GRAPH_FILE = "graph.onnx"
+NAMES_FILE = "names.json"
+CONSTANTS_FILE = "constants.npz"
 _ABSENT_PARAMS = (
     "no-such-file.pdiparams"  # a params file that does not exist: a graph without weights
 )
@@ -48,29 +53,44 @@ def main(folder: Path, events: int) -> int:
 def _convert(folder: Path, request: dict[str, Any], phase: Any) -> None:
     phase("Importing Paddle")
     require_paddle_models()
-    import numpy as np
-    import paddle2onnx
-    from paddle2onnx.utils import get_all_supported_operators_pir
-
     from peft_deploy.base.dygraph import build_skeleton, unique_parameters
-    from peft_deploy.convert.graph import CONSTANTS_FILE, GRAPH_FILE, NAMES_FILE
     from peft_deploy.families import find_family
-    from peft_deploy.trace.preflight import check_program
     from peft_deploy.trace.program import trace_model
 
-    config, opset = request["config"], request["opset"]
+    config = request["config"]
     family = find_family(config)
     phase("Building the skeleton")
     skeleton = build_skeleton(family, config)
     phase("Tracing")
     traced = trace_model(skeleton, family, family.signature(config))
-    saved = folder / PROGRAM_FILE
-    traced.save(saved)
-    phase("Checking operators")
+    packages = ["paddlepaddle", "paddlenlp"]
+    if request["format"] == ONNX:
+        traced.save(folder / PROGRAM_FILE)
+        phase("Checking operators")
+        _check_operators(traced, folder / PROGRAM_FILE)
+        phase("Converting to ONNX")
+        _make_graph(folder, request["opset"])
+        packages.append("paddle2onnx")
+    else:
+        traced = traced.under_own_names()
+        traced.save(folder / PROGRAM_FILE)
+    shapes = {name: list(p.shape) for name, p in unique_parameters(skeleton).items()}
+    _write_names(folder, traced, shapes, packages)
+
+
+def _check_operators(traced: TracedProgram, saved: Path) -> None:
+    from paddle2onnx.utils import get_all_supported_operators_pir
+
+    from peft_deploy.trace.preflight import check_program
+
     check_program(traced.operators(saved), get_all_supported_operators_pir())
-    phase("Converting to ONNX")
+
+
+def _make_graph(folder: Path, opset: int) -> None:
+    import paddle2onnx
+
     data = paddle2onnx.export(
-        str(saved),
+        str(folder / PROGRAM_FILE),
         str(folder / _ABSENT_PARAMS),
         None,
         opset_version=opset,
@@ -79,12 +99,19 @@ def _convert(folder: Path, request: dict[str, Any], phase: Any) -> None:
     if not data:
         raise ConversionError("Paddle2ONNX returned an empty model")
     (folder / GRAPH_FILE).write_bytes(data)
+
+
+def _write_names(
+    folder: Path, traced: TracedProgram, shapes: dict[str, list[int]], packages: list[str]
+) -> None:
+    import numpy as np
+
     np.savez(folder / CONSTANTS_FILE, **traced.constants)
     names = {
         "parameters": traced.parameters,
-        "shapes": {name: list(p.shape) for name, p in unique_parameters(skeleton).items()},
+        "shapes": shapes,
         "operations": _operations(traced),
-        "versions": {p: version(p) for p in ("paddlepaddle", "paddlenlp", "paddle2onnx")},
+        "versions": {package: version(package) for package in packages},
     }
     (folder / NAMES_FILE).write_text(json.dumps(names), "utf-8")
 

@@ -1,7 +1,7 @@
-"""Runs a bundle: ONNX Runtime behind one interface, sampling, generation with the cache.
+"""Runs a bundle: ONNX Runtime and Paddle Inference behind one interface, sampling, generation with the cache.
 
-Needs numpy and, once a model is opened, onnxruntime. Must not import Paddle, nor anything that
-does; the modules above it that touch Paddle are adapters, training and trace.
+Needs numpy and, once a model is opened, onnxruntime, or Paddle for a bundle in Paddle's own format. Must not import
+Paddle before, nor anything that does; the modules above it that touch Paddle are adapters, training and trace.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from peft_deploy.runtime.generation import (
 )
 from peft_deploy.runtime.loaded import LoadedBundle, load_bundle
 from peft_deploy.runtime.onnx_runner import OnnxRunner
+from peft_deploy.runtime.opening import open_runner
+from peft_deploy.runtime.paddle_runner import PaddleRunner
 from peft_deploy.runtime.runner import Runner
 from peft_deploy.runtime.sampling import Sampling, choose
 from peft_deploy.runtime.session import Session
@@ -33,6 +35,7 @@ __all__ = [
     "LoadedBundle",
     "NewToken",
     "OnnxRunner",
+    "PaddleRunner",
     "Runner",
     "Sampling",
     "Session",
@@ -46,4 +49,5 @@ __all__ = [
     "generate",
     "initial_cache",
     "load_bundle",
+    "open_runner",
 ]

@@ -12,6 +12,8 @@ from peft_deploy.bundle.manifest import Manifest
 from peft_deploy.errors import BundleError, CheckpointError, ConfigError, listed
 from peft_deploy.runtime.generation import Generation, GenerationOptions
 from peft_deploy.runtime.onnx_runner import OnnxRunner
+from peft_deploy.runtime.opening import open_runner
+from peft_deploy.runtime.paddle_runner import PaddleRunner
 from peft_deploy.runtime.runner import Array
 from peft_deploy.runtime.sampling import Sampling
 from peft_deploy.runtime.text_generation import TextRun, encode_prompts
@@ -28,7 +30,7 @@ class LoadedBundle:
     Args:
         folder: where it lies.
         manifest: what it says about itself.
-        runner: its graph under ONNX Runtime.
+        runner: its graph under ONNX Runtime, or Paddle Inference for a bundle in Paddle's format.
         tokenizer: None when the bundle was made from a model without ``tokenizer.json``.
         context_length: the most tokens that the model can see; None when its configuration does
             not say.
@@ -38,7 +40,7 @@ class LoadedBundle:
         self,
         folder: Path,
         manifest: Manifest,
-        runner: OnnxRunner,
+        runner: OnnxRunner | PaddleRunner,
         tokenizer: Tokenizer | None,
         context_length: int | None,
     ) -> None:
@@ -144,14 +146,14 @@ def load_bundle(
     Args:
         path: the bundle's folder.
         provider: ``"cpu"`` or ``"cuda"``.
-        threads: threads within one operator; None leaves it to onnxruntime (all cores).
+        threads: threads within one operator; None leaves it to the runtime (all cores).
         verify: compare the SHA-256 of every file with the manifest's; reads all weights once.
 
     Raises:
         BundleError: the folder is not a bundle, or files are missing, damaged or not those of the
             manifest.
-        ExecutionError: the provider is not available, or onnxruntime refuses the model.
-        MissingExtraError: onnxruntime is not installed.
+        ExecutionError: the provider is not available, or the runtime refuses the model.
+        MissingExtraError: the runtime is not installed.
 
     Example:
         >>> bundle = load_bundle("out")  # doctest: +SKIP
@@ -161,7 +163,7 @@ def load_bundle(
     folder = Path(path)
     manifest = Manifest.read(folder)
     _check_files(folder, manifest, verify=verify)
-    runner = OnnxRunner(folder, manifest.signature, provider=provider, threads=threads)
+    runner = open_runner(folder, manifest.signature, provider=provider, threads=threads)
     with _as_bundle_error():
         tokenizer = Tokenizer.from_folder(folder) if (folder / TOKENIZER).is_file() else None
         config = read_json(folder / MODEL_CONFIG)

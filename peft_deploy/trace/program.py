@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,14 @@ from paddle.pir import Value
 from paddle.static import InputSpec
 from paddle.static.pir_io import normalize_pir_program
 
-from peft_deploy.errors import TraceError
+from peft_deploy.errors import TraceError, listed
 from peft_deploy.families import Family
 from peft_deploy.signature import GraphSignature, TensorSpec
 from peft_deploy.trace.preflight import OperatorUse
 from peft_deploy.trace.quirks import WRONG_ATTRIBUTES
 
 Array = npt.NDArray[np.generic]
+_TABLE = "~table.{:04}"  # "~" is the last printable character of ASCII
 _CALLSTACK_FRAMES = 8  # Paddle's own frames above the user's line are at most four deep
 
 
@@ -55,6 +56,26 @@ class TracedProgram:
         """Writes the program as Paddle's JSON, the form that Paddle2ONNX reads."""
         # overwrite, not readable (the converter does not parse indented JSON), trainable
         core.serialize_pir_program(self.program, str(path), True, False, True)
+
+    def under_own_names(self) -> TracedProgram:
+        """The program in names that do not depend on this process, for Paddle's own format.
+
+        Parameters go by their structured names, outputs by the signature's, and tables by names that sort after
+        all of them, so that the weights can be written before the tables are known. Changes the program in place.
+        """
+        names = dict(self.parameters)
+        for op in self.program.global_block().ops:
+            if op.name() == "builtin.parameter":
+                variable = op.attrs()["parameter_name"]
+                names.setdefault(variable, _TABLE.format(len(names) - len(self.parameters)))
+                op.set_str_attr("parameter_name", names[variable])
+            elif op.name() == "pd_op.fetch":
+                op.set_str_attr("name", self.signature.output_names[op.attrs()["col"]])
+        return replace(
+            self,
+            parameters={name: name for name in self.parameters.values()},
+            constants={names[variable]: table for variable, table in self.constants.items()},
+        )
 
     def operators(self, saved: Path) -> list[OperatorUse]:
         """The program's operators, for the preflight.
@@ -108,6 +129,12 @@ def trace_model(model: nn.Layer, family: Family, signature: GraphSignature) -> T
         for op in program.global_block().ops
         if op.name() == "builtin.parameter"
     }
+    if unknown := used - names.keys() - tables.keys():
+        raise TraceError(
+            f"{type(model).__name__} computes with tensors that are neither its parameters nor its buffers:\n"
+            f"{listed(unknown)}",
+            hint="register them with register_buffer()",
+        )
     return TracedProgram(
         program=program,
         signature=signature,

@@ -17,13 +17,15 @@ from peft_deploy.base import BaseModel, open_base
 from peft_deploy.bundle import (
     MODEL,
     MODEL_DATA,
+    PARAMS,
+    PROGRAM,
     BundleFolder,
     Manifest,
     genai_config,
     special_token_ids,
 )
 from peft_deploy.bundle.folder import check_output
-from peft_deploy.config.export import ExportOptions
+from peft_deploy.config.export import ONNX, ExportOptions
 from peft_deploy.config.json_file import read_object
 from peft_deploy.convert import ConversionJob
 from peft_deploy.errors import CheckpointError, ConfigError, ParityError
@@ -34,7 +36,7 @@ from peft_deploy.workflows.sources import EXPORT_DTYPE, ExportSource, from_folde
 if TYPE_CHECKING:
     from paddle import nn
 
-    from peft_deploy.convert import ConvertedGraph
+    from peft_deploy.convert import ConvertedGraph, StaticProgram, WeightFile
     from peft_deploy.parity import ParityReport
     from peft_deploy.weights import TensorSource
 
@@ -103,10 +105,10 @@ def export(
         # The child needs the configuration only: it starts before the files are looked into.
         early = isinstance(base, BaseModel)
         if early:
-            job = stack.enter_context(ConversionJob(base.config, options.opset))
+            job = stack.enter_context(ConversionJob(base.config, options.opset, options.format))
         source = _source(base, adapter, tokenizer)
         if not early:
-            job = stack.enter_context(ConversionJob(source.config, options.opset))
+            job = stack.enter_context(ConversionJob(source.config, options.opset, options.format))
         folder = stack.enter_context(BundleFolder(output, force=options.force))
         manifest = _fill(folder, source, job, options, clock)
         report = None
@@ -155,25 +157,48 @@ def _fill(
     clock: _Clock,
 ) -> Manifest:
     """Writes everything that a bundle has, the unvalidated manifest last."""
-    # Here and not above: onnx-ir takes most of a second to import, which the child has better use for.
-    from peft_deploy.convert import WeightFile, stream_weights
-    from peft_deploy.workflows.graph import finish_graph
+    from peft_deploy.convert import stream_weights
 
     generation = _read_companions(source)
     tensors = source.merged(EXPORT_DTYPE)
     fingerprint = source.fingerprint()
     folder.require_space(sum(tensors.info(name).nbytes for name in tensors.names()))
-    with WeightFile(folder.path / MODEL_DATA, folder.output) as file:
+    with _weight_file(folder, options.format) as file:
         stream_weights(tensors, file, clock)  # while the child traces
         converted = job.result(clock.phase)
         clock.phase("Finishing the graph")
         source.check(converted.shapes)
-        graph = finish_graph(converted, source, file, options.opset, folder.path / MODEL)
-    _write_configs(folder, source, generation)
-    hashes = folder.hashes({MODEL_DATA: file.sha256})
+        graph = _finish(converted, source, file, options)
+    _write_configs(folder, source, generation, options.format)
+    hashes = folder.hashes({file.path.name: file.sha256})
     manifest = _manifest(source, options, converted, hashes, fingerprint, graph)
     folder.seal(manifest)
     return manifest
+
+
+def _weight_file(folder: BundleFolder, format: str) -> WeightFile:
+    from peft_deploy.convert import ParamsFile, WeightFile
+
+    if format == ONNX:
+        return WeightFile(folder.path / MODEL_DATA, folder.output)
+    return ParamsFile(folder.path / PARAMS, folder.output)
+
+
+def _finish(
+    converted: ConvertedGraph | StaticProgram,
+    source: ExportSource,
+    file: WeightFile,
+    options: ExportOptions,
+) -> dict[str, Any]:
+    """Writes the graph beside its weights; returns what the manifest says of it."""
+    from peft_deploy.convert import StaticProgram, write_program
+
+    if isinstance(converted, StaticProgram):
+        return {"operators": write_program(converted, file, file.path.with_name(PROGRAM))}
+    # Here and not above: onnx-ir takes most of a second to import, which the child has better use for.
+    from peft_deploy.workflows.graph import finish_graph
+
+    return finish_graph(converted, source, file, options.opset, file.path.with_name(MODEL))
 
 
 def _read_companions(source: ExportSource) -> dict[str, Any] | None:
@@ -190,14 +215,14 @@ def _read_companions(source: ExportSource) -> dict[str, Any] | None:
 
 
 def _write_configs(
-    folder: BundleFolder, source: ExportSource, generation: dict[str, Any] | None
+    folder: BundleFolder, source: ExportSource, generation: dict[str, Any] | None, format: str
 ) -> None:
     for file in source.companions:
         folder.copy(file)
     config = source.family.huggingface_config(source.config)
     folder.write_text("config.json", _json(config))
     family = source.family
-    if family.genai_type is not None:
+    if family.genai_type is not None and format == ONNX:
         tokens = special_token_ids(source.config, generation)
         inputs = family.signature(source.config).input_names
         genai = genai_config(family.genai_type, family.dims(source.config), tokens, inputs)
@@ -207,7 +232,7 @@ def _write_configs(
 def _manifest(
     source: ExportSource,
     options: ExportOptions,
-    converted: ConvertedGraph,
+    converted: ConvertedGraph | StaticProgram,
     hashes: dict[str, str],
     fingerprint: str,
     graph: dict[str, Any],
@@ -218,7 +243,8 @@ def _manifest(
         model_type=source.family.model_type,
         architecture=source.family.paddle_model(source.config),
         signature=source.family.signature(source.config, EXPORT_DTYPE),
-        opset=options.opset,
+        opset=options.opset if options.format == ONNX else None,
+        format=options.format,
         precision="fp32",
         base={"name": source.name, "layout": source.layout, "fingerprint": fingerprint},
         adapters=[_adapter_entry(source)] if source.adapter else [],

@@ -16,7 +16,7 @@ from peft_deploy.parity.generation import Prompt
 from peft_deploy.parity.passages import PASSAGE, PROMPTS
 from peft_deploy.parity.report import ParityReport
 from peft_deploy.progress import Progress, Silent
-from peft_deploy.runtime import OnnxRunner
+from peft_deploy.runtime import open_runner
 from peft_deploy.text import Tokenizer
 from peft_deploy.workflows.sources import ExportSource, from_folders
 
@@ -98,7 +98,7 @@ def check_bundle(
     from peft_deploy.parity.reference import PaddleReference
 
     reference = PaddleReference(model, family, config)
-    runner = OnnxRunner(folder, reference.signature, provider=provider)
+    runner = open_runner(folder, reference.signature, provider=provider)
     max_positions = family.dims(config).max_positions
     tokenizer = Tokenizer.from_folder(folder) if (folder / _TOKENIZER).is_file() else None
     real_ids = None if tokenizer is None else tokenizer.encode(PASSAGE)

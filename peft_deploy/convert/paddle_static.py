@@ -1,0 +1,114 @@
+"""The traced program as Paddle's own static format: ``model.json``, and ``model.pdiparams`` with its weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from peft_deploy.atomic_folder import disk_errors
+from peft_deploy.convert.weight_file import Placement, WeightFile
+from peft_deploy.convert.worker import CONSTANTS_FILE, NAMES_FILE, PROGRAM_FILE
+from peft_deploy.errors import ConversionError, listed
+from peft_deploy.weights import Array, contiguous_blocks
+from peft_deploy.weights.pdiparams import record_head
+
+
+class ParamsFile(WeightFile):
+    """A ``.pdiparams`` file: see :mod:`peft_deploy.weights.pdiparams`.
+
+    Tensors have to be added in the order of their names, because that is how readers tell them apart.
+    """
+
+    def ordered(self, names: Iterable[str]) -> list[str]:
+        """Paddle's order: the names sorted as text."""
+        return sorted(names)
+
+    def add(self, name: str, tensor: Array) -> None:
+        """Appends a tensor.
+
+        Raises:
+            ConversionError: a tensor whose name comes later is in the file already.
+            OutputError: the disk is full, or another reason of the operating system's.
+        """
+        last = next(reversed(self.placements), "")
+        if name <= last:
+            raise ConversionError(
+                f"{name} cannot follow {last}: Paddle reads the weights in the order of their names",
+                hint="rename the parameter; names of ASCII letters, digits, . and _ are safe",
+            )
+        self._write(record_head(tensor.dtype.name, tensor.shape))
+        start = self.end
+        for block in contiguous_blocks(tensor):
+            self._write(block.reshape(-1).view("uint8").data)
+        placement = Placement(tensor.dtype.name, tensor.shape, start, self.end - start)
+        self.placements[name] = placement
+
+
+@dataclass(frozen=True)
+class StaticProgram:
+    """A program without weights.
+
+    Args:
+        text: Paddle's JSON.
+        parameters: structured names of the parameters that it uses.
+        shapes: of all of the model's parameters, by structured name.
+        constants: name in the program → tables computed by the stand-in.
+        operators: operator → how often it appears.
+        versions: package → version in the process that traced it.
+    """
+
+    text: str
+    parameters: frozenset[str]
+    shapes: Mapping[str, tuple[int, ...]]
+    constants: Mapping[str, Array]
+    operators: dict[str, int]
+    versions: dict[str, str]
+
+    @classmethod
+    def read(cls, folder: Path) -> StaticProgram:
+        """What :func:`peft_deploy.convert.worker.main` left in ``folder``."""
+        names = json.loads((folder / NAMES_FILE).read_text("utf-8"))
+        with np.load(folder / CONSTANTS_FILE, allow_pickle=False) as archive:
+            constants = {key: archive[key] for key in archive.files}
+        return cls(
+            text=(folder / PROGRAM_FILE).read_text("utf-8"),
+            parameters=frozenset(names["parameters"]),
+            shapes={name: tuple(shape) for name, shape in names["shapes"].items()},
+            constants=constants,
+            operators={name: len(uses) for name, uses in names["operations"].items()},
+            versions=names["versions"],
+        )
+
+
+def write_program(program: StaticProgram, file: WeightFile, path: Path) -> dict[str, int]:
+    """Joins a program with its weights.
+
+    Args:
+        program: as it was traced.
+        file: holds the model's weights; gets the program's tables.
+        path: where the program goes, beside the file.
+
+    Returns:
+        Operator → how often it appears.
+
+    Raises:
+        ConversionError: the program uses a weight that is not in the file, or leaves one unused: every reader would
+            then take one tensor for another.
+    """
+    for name in file.ordered(program.constants):
+        file.add(name, program.constants[name])
+    wanted = program.parameters | program.constants.keys()
+    missing, unused = wanted - file.placements.keys(), file.placements.keys() - wanted
+    if missing or unused:
+        raise ConversionError(
+            "the traced program does not use the model's weights one to one"
+            + (f"; not there:\n{listed(missing)}" if missing else "")
+            + (f"; not used:\n{listed(unused)}" if unused else "")
+        )
+    with disk_errors(file.output):
+        path.write_text(program.text, "utf-8")
+    return program.operators

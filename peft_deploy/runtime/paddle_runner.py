@@ -1,0 +1,168 @@
+"""Paddle Inference behind the :class:`~peft_deploy.runtime.runner.Runner` interface. Paddle is imported when used."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from peft_deploy.bundle.manifest import MANIFEST, PARAMS, PROGRAM, Manifest
+from peft_deploy.environment import available_cores, debugging, require_paddle_inference
+from peft_deploy.errors import BundleError, CheckpointError, ConfigError, ExecutionError, listed
+from peft_deploy.runtime.feeds import check_feeds
+from peft_deploy.runtime.runner import Array
+from peft_deploy.signature import GraphSignature
+from peft_deploy.weights.pdiparams import read_records
+
+PROVIDERS = ("cpu", "cuda")
+_GPU_POOL_MB = 256  # what Paddle reserves at once; it grows by itself
+
+
+class PaddleRunner:
+    """Runs a bundle in Paddle's static format.
+
+    Args:
+        folder: the bundle.
+        signature: what the program's inputs and outputs must be; by default the manifest's.
+        provider: ``"cpu"`` or ``"cuda"``.
+        threads: threads within one operator; None takes all cores.
+
+    Raises:
+        MissingExtraError: Paddle is not installed.
+        BundleError: there is no program, its weights are not those that it names, or its inputs or outputs are not
+            the signature's.
+        ExecutionError: the provider is not available, or Paddle refuses the program.
+        ConfigError: an unknown provider, or a number of threads below 1.
+    """
+
+    def __init__(
+        self,
+        folder: Path | str,
+        signature: GraphSignature | None = None,
+        *,
+        provider: str = "cpu",
+        threads: int | None = None,
+    ) -> None:
+        folder = Path(folder)
+        self.path = folder / PROGRAM
+        self.provider = provider
+        if signature is None:
+            if not (folder / MANIFEST).is_file():
+                raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}")
+            signature = Manifest.read(folder).signature
+        self._signature = signature
+        self._predictor = _open(folder, provider, threads)
+        for kind, promised, declared in (
+            ("input", signature.input_names, self._predictor.get_input_names()),
+            ("output", signature.output_names, self._predictor.get_output_names()),
+        ):
+            if odd := set(promised) ^ set(declared):
+                raise BundleError(
+                    f"{self.path} and its manifest differ in these {kind}s:\n{listed(odd)}"
+                )
+
+    @property
+    def signature(self) -> GraphSignature:
+        """Inputs and outputs of the program."""
+        return self._signature
+
+    def run(
+        self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None
+    ) -> dict[str, Array]:
+        """The named outputs (all when None), for a full set of inputs.
+
+        Raises:
+            ExecutionError: the inputs do not fit the signature, there is no such output, or Paddle failed.
+        """
+        known = self._signature.output_names
+        names = known if outputs is None else list(outputs)
+        if unknown := set(names) - set(known):
+            raise ExecutionError(
+                f"the program has no such outputs:\n{listed(unknown)}\nits outputs "
+                f"are:\n{listed(known)}"
+            )
+        check_feeds(self._signature, feeds)
+        try:
+            for name, array in feeds.items():
+                self._predictor.get_input_handle(name).copy_from_cpu(np.ascontiguousarray(array))
+            self._predictor.run()
+            return {n: self._predictor.get_output_handle(n).copy_to_cpu() for n in names}
+        except Exception as exc:  # Paddle's errors have no common base of their own
+            raise ExecutionError(f"Paddle could not run {self.path.name}: {_reason(exc)}") from exc
+
+
+def _open(folder: Path, provider: str, threads: int | None) -> Any:
+    if provider not in PROVIDERS:
+        raise ConfigError(f"provider {provider!r} is unknown; it can be {' or '.join(PROVIDERS)}")
+    if threads is not None and threads < 1:
+        raise ConfigError(f"{threads} threads cannot run a model; at least 1 is needed")
+    program, params = folder / PROGRAM, folder / PARAMS
+    for file in (program, params):
+        if not file.is_file():
+            raise BundleError(f"there is no model at {file}")
+    _check_weights(program, params)
+    require_paddle_inference()
+    import paddle
+    from paddle import inference
+
+    config = inference.Config(str(program), str(params))
+    if not debugging():
+        config.disable_glog_info()
+    if provider == "cuda":
+        if not (paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count()):
+            raise ExecutionError(
+                "this Paddle has no CUDA device to run on",
+                hint="CUDA needs the package paddlepaddle-gpu and an NVIDIA driver",
+            )
+        config.enable_use_gpu(_GPU_POOL_MB, 0)
+    else:
+        config.disable_gpu()
+        # oneDNN rearranges weights at every new shape: a growing cache is a new shape every step.
+        config.disable_mkldnn()
+        config.set_cpu_math_library_num_threads(threads or available_cores())
+    try:
+        return inference.create_predictor(config)
+    except Exception as exc:  # Paddle's errors have no common base of their own
+        raise ExecutionError(f"Paddle cannot load {program}: {_reason(exc)}") from exc
+
+
+def _check_weights(program: Path, params: Path) -> None:
+    """Paddle gives the file's tensors to the program's sorted names without looking whether they fit.
+
+    Raises:
+        BundleError: they do not.
+    """
+    try:
+        operations = json.loads(program.read_text("utf-8"))["program"]["regions"][0]["blocks"][0]
+        wanted = sorted(
+            (op["A"][3], tuple(op["O"]["TT"]["D"][1]))
+            for op in operations["ops"]
+            if op["#"] == "p"
+        )
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as exc:
+        raise BundleError(f"{program} is not a program of Paddle's, or is damaged: {exc}") from exc
+    try:
+        found = [record.shape for record in read_records(params)]
+    except CheckpointError as exc:
+        raise BundleError(exc.message, hint="get the bundle again, or export it again") from exc
+    if len(found) != len(wanted):
+        raise BundleError(
+            f"{params} holds {len(found)} tensors; {program.name} uses {len(wanted)}",
+            hint="the two files are of different bundles",
+        )
+    for (name, shape), have in zip(wanted, found, strict=True):
+        if shape != have:
+            raise BundleError(
+                f"{params} holds {list(have)} where {program.name} uses {name} {list(shape)}",
+                hint="the two files are of different bundles",
+            )
+
+
+def _reason(exc: Exception) -> str:
+    """Paddle's message without the C++ stack around it."""
+    lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
+    telling = [line for line in lines if "Error:" in line]
+    return (telling or lines or [type(exc).__name__])[-1]
