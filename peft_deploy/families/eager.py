@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from paddle import Tensor, nn
+from paddle.nn import functional as F
 
 from peft_deploy.errors import ExecutionError
 from peft_deploy.signature import (
@@ -23,6 +24,8 @@ from peft_deploy.signature import (
 )
 
 BUNDLE_LAYOUT = "BKSD"
+Pair = Callable[[Tensor, Tensor], Any]
+_TABLE_LENGTHS = ("seq_len", "max_seq_len")  # what rotary layers call the length of their table
 
 
 def run_decoder(
@@ -31,6 +34,7 @@ def run_decoder(
     signature: GraphSignature,
     past_layout: str,
     past_argument: str = "past_key_values",
+    pair: Pair | None = None,
 ) -> dict[str, Tensor]:
     """A causal language model that takes the cache as a list of pairs, and position_ids if the graph does.
 
@@ -40,11 +44,13 @@ def run_decoder(
         signature: of the graph.
         past_layout: axes of PaddleNLP's cache, a permutation of ``"BSKD"``.
         past_argument: what its forward calls the cache.
+        pair: makes one layer's cache from key and value; a tuple when None.
 
     Raises:
         ExecutionError: the model returns something else than logits and a cache.
     """
-    past = {past_argument: past_pairs(feeds, signature, past_layout)}
+    pairs = past_pairs(feeds, signature, past_layout)
+    past = {past_argument: pairs and [pair(*both) if pair else both for both in pairs]}
     positions = {POSITION_IDS: feeds[POSITION_IDS]} if POSITION_IDS in feeds else {}
     length = int(feeds[POSITION_IDS].max()) + 1 if positions else 0
     with _table_up_to(model, length, feeds[ATTENTION_MASK].shape[1]):
@@ -90,10 +96,27 @@ def decoder_outputs(
 
 
 @contextmanager
+def rows_given(table: nn.Layer, rows: Tensor) -> Iterator[None]:
+    """Lets an embedding look up these rows instead of those that it is called with.
+
+    For models that count positions themselves: their own table, at the positions that the graph is given.
+
+    Args:
+        table: the embedding.
+        rows: [B, S].
+    """
+    table.forward = lambda *_args, **_kwargs: F.embedding(rows, table.weight)
+    try:
+        yield
+    finally:
+        del table.forward
+
+
+@contextmanager
 def _table_up_to(model: nn.Layer, length: int, total: int) -> Iterator[None]:
     """Lets rotary layers hand out their table for ``length`` positions.
 
-    PaddleNLP cuts the table at the number of tokens in mask and cache (``seq_len``), although it
+    PaddleNLP cuts the table at the number of tokens in mask and cache, although it
     then looks positions up in it, so that a few tokens at high positions would read past its end.
     What is handed out here are the same layer's own numbers, only more of them.
     """
@@ -101,8 +124,9 @@ def _table_up_to(model: nn.Layer, length: int, total: int) -> Iterator[None]:
     if length > total:
         for layer in model.sublayers():
             is_leaf = next(layer.children(), None) is None
-            if is_leaf and "seq_len" in inspect.signature(layer.forward).parameters:
-                layer.forward = _longer(layer.forward, length)
+            arguments = inspect.signature(layer.forward).parameters
+            if is_leaf and (asked := [name for name in _TABLE_LENGTHS if name in arguments]):
+                layer.forward = _longer(layer.forward, asked[0], length)
                 changed.append(layer)
     try:
         yield
@@ -111,8 +135,13 @@ def _table_up_to(model: nn.Layer, length: int, total: int) -> Iterator[None]:
             del layer.forward
 
 
-def _longer(forward: Callable[..., Any], length: int) -> Callable[..., Any]:
-    def call(x: Tensor, seq_len: int | None = None) -> Any:
-        return forward(x, seq_len=seq_len if seq_len is None else max(seq_len, length))
+def _longer(forward: Callable[..., Any], argument: str, length: int) -> Callable[..., Any]:
+    signature = inspect.signature(forward)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        if bound.arguments.get(argument) is not None:
+            bound.arguments[argument] = max(bound.arguments[argument], length)
+        return forward(*bound.args, **bound.kwargs)
 
     return call
