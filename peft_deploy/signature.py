@@ -6,13 +6,19 @@ so that a graph, its ``genai_config.json`` and the loop that feeds it cannot dis
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 INPUT_IDS = "input_ids"
 ATTENTION_MASK = "attention_mask"
 POSITION_IDS = "position_ids"
+TOKEN_TYPE_IDS = "token_type_ids"
 LOGITS = "logits"
+START_LOGITS = "start_logits"
+END_LOGITS = "end_logits"
+LAST_HIDDEN_STATE = "last_hidden_state"
+SENTENCE_EMBEDDING = "sentence_embedding"
 
 BATCH = "batch"
 SEQUENCE = "sequence"  # new tokens of this call
@@ -150,4 +156,24 @@ def causal_lm_signature(
             TensorSpec(LOGITS, dtype, (BATCH, SEQUENCE, vocab_size)),
             *(TensorSpec(name, dtype, present) for name in present_names(num_layers)),
         ),
+    )
+
+
+def encoder_signature(
+    outputs: Mapping[str, tuple[int | str, ...]], *, token_types: bool, dtype: str = "float32"
+) -> GraphSignature:
+    """The signature of an encoder.
+
+    Inputs ``input_ids``, ``attention_mask`` (1 = attend) and, where the model tells segments apart,
+    ``token_type_ids``, all int64 [batch, sequence].
+
+    Args:
+        outputs: name → dimensions, in graph order.
+        token_types: whether there are several segments.
+        dtype: of the outputs.
+    """
+    names = (INPUT_IDS, ATTENTION_MASK, *((TOKEN_TYPE_IDS,) if token_types else ()))
+    return GraphSignature(
+        inputs=tuple(TensorSpec(name, "int64", (BATCH, SEQUENCE)) for name in names),
+        outputs=tuple(TensorSpec(name, dtype, dims) for name, dims in outputs.items()),
     )

@@ -66,6 +66,25 @@ class Family(ABC):
         """PaddleNLP parameter → the parameter whose storage it shares."""
         return {}
 
+    def unused(self, config: Mapping[str, Any]) -> frozenset[str]:
+        """PaddleNLP parameters that no output depends on; a checkpoint may lack them, and no graph has them."""
+        return frozenset()
+
+    def pools(self, config: Mapping[str, Any]) -> bool:
+        """Whether the model can give one vector a text, pooled from its hidden states."""
+        return False
+
+    def configured(self, config: Mapping[str, Any]) -> Family:
+        """The family with what else it has to know of a model to run it; itself when that is nothing."""
+        return self
+
+    def settle(self, model: nn.Layer) -> None:  # noqa: B027 - most families have nothing of the kind
+        """Sets what PaddleNLP sets while it initializes weights and is no weight. Needs Paddle.
+
+        Args:
+            model: just built, its weights not initialized.
+        """
+
     @abstractmethod
     def paddle_arguments(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Keyword arguments for PaddleNLP's configuration class, from either kind of config.json.

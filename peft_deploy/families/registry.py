@@ -36,11 +36,11 @@ def find_family(config: Mapping[str, Any]) -> Family:
     named = config.get("architectures") or []
     for name in named:
         if name in _BY_ARCHITECTURE:
-            return _BY_ARCHITECTURE[name]
+            return _BY_ARCHITECTURE[name].configured(config)
     if not named:
         for family in _BY_ARCHITECTURE.values():
             if family.model_type == config.get("model_type"):
-                return family
+                return family.configured(config)
     asked = ", ".join(named) or f"model_type {config.get('model_type')!r}"
     close = nearest(named[0] if named else "", _BY_ARCHITECTURE)
     raise UnsupportedModelError(
