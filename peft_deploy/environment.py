@@ -59,6 +59,7 @@ def require_paddle(purpose: str = "this step") -> None:
     otherwise choose a slow one (three times slower training, measured), and the log lines of both packages
     are silenced unless debugging.
     """
+    require("paddle", "paddle", purpose)
     require("paddlenlp", "paddle", purpose)
     require_paddle_inference(purpose)
     if not debugging():
@@ -77,6 +78,10 @@ def require_paddle_inference(purpose: str = "running a bundle in Paddle's format
             os.environ.setdefault("MKL_DEBUG_CPU_TYPE", "5")
         if not debugging():
             os.environ.setdefault("GLOG_minloglevel", "3")
+    with warnings.catch_warnings():
+        if not debugging():
+            warnings.simplefilter("ignore")  # about ccache, distutils and pkg_resources
+        import paddle  # noqa: F401
 
 
 def available_cores() -> int:
