@@ -21,6 +21,8 @@ class ExportOptions:
         merge: fold the adapter into the base model's weights.
         format: ``"onnx"``, or ``"paddle"`` for Paddle's static format (``model.json``, ``model.pdiparams``).
         opset: version of the default ONNX operator set; not used for Paddle's format.
+        prefix_slots: give the graph inputs for a prefix with an empty default, so that a prefix can be an
+            ``.onnx_adapter`` file.
         validate: check the bundle against the dynamic graph before it is put in place.
         force: replace an output folder that is not empty.
         keep_failed: leave a bundle in place that failed the check, marked as failed in its manifest.
@@ -33,6 +35,7 @@ class ExportOptions:
     merge: bool = True
     format: str = ONNX
     opset: int = DEFAULT_OPSET
+    prefix_slots: bool = False
     validate: bool = True
     force: bool = False
     keep_failed: bool = False
@@ -48,6 +51,11 @@ class ExportOptions:
                 f"opset {self.opset} was asked for, which is a version of ONNX's operators; "
                 "the format is Paddle's own",
                 hint="leave --opset out, or --format paddle",
+            )
+        if self.format == PADDLE and self.prefix_slots:
+            raise ConfigError(
+                "prefix slots are inputs with a default, which Paddle's static format does not have",
+                hint="leave --prefix-slots out: the bundle takes prefixes as past_key_values",
             )
         if self.opset not in OPSETS:
             raise ConfigError(

@@ -87,6 +87,7 @@ class CaseResult:
         if self.worst is not None:
             name, result = self.worst
             data["worst"] = {"output": name, **_output_dict(result)}
+            del data["worst"]["histogram"]
         if full:
             data["outputs"] = {name: _output_dict(o) for name, o in self.outputs.items()}
         return data
@@ -269,6 +270,7 @@ class ParityReport:
         warnings: what a reader has to know, one sentence each.
         seconds: stage → how long it took.
         provider: what ran the bundle.
+        parts: the same graph with something else active (``"prefix poet"``) → the report of that.
     """
 
     cases: tuple[CaseResult, ...]
@@ -281,10 +283,16 @@ class ParityReport:
     warnings: Sequence[str] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
     provider: str = ""
+    parts: Mapping[str, ParityReport] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
-        """Whether every case and the generation passed."""
+        """Whether every case, the generation and every part passed."""
+        return self.passed_alone and all(part.passed for part in self.parts.values())
+
+    @property
+    def passed_alone(self) -> bool:
+        """Whether every case and the generation passed, whatever became of the parts."""
         generated = self.generation is None or self.generation.passed
         return bool(self.cases) and generated and all(case.passed for case in self.cases)
 
@@ -327,6 +335,8 @@ class ParityReport:
         }
         if self.generation is not None:
             data["generation"] = self.generation.to_dict()
+        if self.parts:
+            data["parts"] = {name: part.to_dict(full) for name, part in self.parts.items()}
         if self.effect is not None:
             data["adapter_effect"] = self.effect.to_dict()
         if full:

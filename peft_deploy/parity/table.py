@@ -8,7 +8,13 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from peft_deploy.parity.report import CaseResult, Effect, GenerationResult, ParityReport
+from peft_deploy.parity.report import (
+    CaseResult,
+    Effect,
+    GenerationResult,
+    ParityReport,
+    PromptResult,
+)
 
 _SHOWN_FAILURES = 3
 
@@ -22,10 +28,21 @@ def render(report: ParityReport) -> RenderableType:
     if report.effect is not None and not report.effect.is_blind:
         parts.append(Text(_effect(report.effect)))
     parts += [Text(f"Warning: {warning}", style="yellow") for warning in report.warnings]
+    parts += [_part(name, part) for name, part in report.parts.items()]
     parts.append(
         Text(closing_sentence(report), style="bold green" if report.passed else "bold red")
     )
     return Group(*parts)
+
+
+def _part(name: str, report: ParityReport) -> RenderableType:
+    """All of what failed; of the rest what it says in the end."""
+    title = f"With {name}: "
+    if not report.passed:
+        return Group(Text(title, style="bold"), render(report))
+    effect = "" if report.effect is None or report.effect.is_blind else _effect(report.effect)
+    warnings = [Text(f"  Warning: {warning}", style="yellow") for warning in report.warnings]
+    return Group(Text(f"{title}{closing_sentence(report)} {effect}"), *warnings)
 
 
 def _effect(effect: Effect) -> str:
@@ -41,10 +58,14 @@ def closing_sentence(report: ParityReport) -> str:
     if report.passed:
         worst = report.worst
         share = f", the worst at {worst[2].used:.0%} of its limit" if worst else ""
+        also = f"; so do those with {', '.join(report.parts)}" if report.parts else ""
         return (
             f"Parity passed: {outputs} outputs in {len(report.cases)} cases agree with the "
-            f"Paddle model{share}{_generated(report.generation)}."
+            f"Paddle model{share}{_generated(report.generation)}{also}."
         )
+    if report.passed_alone:
+        wrong = [name for name, part in report.parts.items() if not part.passed]
+        return f"Parity failed with {', '.join(wrong)}, which differs from the Paddle model."
     failed = [case for case in report.cases if not case.passed]
     broken = f"{len(failed)} of {len(report.cases)} cases" if failed else "the generated text"
     return f"Parity failed: {broken} differ{'' if failed else 's'} from the Paddle model."
@@ -133,16 +154,17 @@ def _percent(share: float) -> str:
 def _failures(report: ParityReport) -> list[str]:
     """The first failed cases: where the worst error is, and both values."""
     failed = [case for case in report.cases if not case.passed]
-    lines = [_explain(case) for case in failed[:_SHOWN_FAILURES]]
+    lines = [explain_case(case) for case in failed[:_SHOWN_FAILURES]]
     if len(failed) > _SHOWN_FAILURES:
         lines.append(f"… and {len(failed) - _SHOWN_FAILURES} more cases")
     return lines
 
 
-def _explain(case: CaseResult) -> str:
+def explain_case(case: CaseResult) -> str:
+    """Why a case failed, in one sentence; its worst output when it passed."""
     if case.problem is not None:
         return f"{case.name} ({case.shape}): {case.problem}"
-    assert case.worst is not None  # it failed, so there is an output that did
+    assert case.worst is not None  # it ran, so it has outputs
     name, result = case.worst
     d = result.difference
     specials = f", {d.unequal_specials} NaN or infinite values" if d.unequal_specials else ""
@@ -156,14 +178,20 @@ def _explain(case: CaseResult) -> str:
 def _generation_failures(generation: GenerationResult) -> list[str]:
     if generation.problem is not None:
         return [f"greedy text: {generation.problem}"]
-    lines = []
-    for prompt in generation.prompts:
-        d = prompt.divergence
-        if d is None:
-            continue
-        kind = "a tie" if d.is_tie else "too far for noise"
-        lines.append(
-            f"{prompt.prompt!r}: token {d.step} is {d.actual}, the Paddle model says {d.expected} "
-            f"and prefers it by {d.gap:.3g} ({kind}; noise reaches {d.noise:.3g})"
-        )
-    return lines
+    return [explain_divergence(p) for p in generation.prompts if p.divergence is not None]
+
+
+def explain_divergence(prompt: PromptResult) -> str:
+    """Where a prompt's text stops being the reference's, in one sentence.
+
+    Args:
+        prompt: one whose texts differ.
+    """
+    d = prompt.divergence
+    if d is None:
+        raise ValueError("the texts do not differ")
+    kind = "a tie" if d.is_tie else "too far for noise"
+    return (
+        f"{prompt.prompt!r}: token {d.step} is {d.actual}, the Paddle model says {d.expected} "
+        f"and prefers it by {d.gap:.3g} ({kind}; noise reaches {d.noise:.3g})"
+    )

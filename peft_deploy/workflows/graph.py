@@ -15,13 +15,20 @@ from peft_deploy.convert import (
     check_graph,
     run_pipeline,
 )
+from peft_deploy.convert.prefix_slots import AddPrefixSlotsPass, slot_specs
 from peft_deploy.convert.weight_file import add_tables
 from peft_deploy.families import NameMap
 from peft_deploy.workflows.sources import EXPORT_DTYPE, ExportSource
 
 
 def finish_graph(
-    converted: ConvertedGraph, source: ExportSource, file: WeightFile, opset: int, path: Path
+    converted: ConvertedGraph,
+    source: ExportSource,
+    file: WeightFile,
+    opset: int,
+    path: Path,
+    *,
+    prefix_slots: bool = False,
 ) -> dict[str, Any]:
     """Cleans a graph up, joins it with its weights, checks it and writes it.
 
@@ -31,10 +38,11 @@ def finish_graph(
         file: holds the model's weights; gets the stand-in's tables.
         opset: what was asked for.
         path: where the graph goes, beside the file.
+        prefix_slots: add slots for a prefix.
 
     Returns:
-        What the manifest says of it: ``operators``, how often each appears, and ``removed``, how many nodes each
-        pass took away.
+        What the manifest says of it: ``operators``, how often each appears, ``removed``, how many nodes each
+        pass took away, and ``prefix_slots``, the names of those where there are any.
 
     Raises:
         ConversionError: the graph is not what it should be.
@@ -44,10 +52,16 @@ def finish_graph(
     removed = run_pipeline(converted, signature, names)
     add_tables(converted.constants, file)
     bind_weights(converted, file, lambda parameter: _initializer(names, parameter))
-    counts = check_graph(converted.model, signature, opset)
+    facts: dict[str, Any] = {"removed": removed}
+    slots: list[str] = []
+    if prefix_slots:
+        AddPrefixSlotsPass(signature)(converted.model)
+        facts["prefix_slots"] = [spec.name for spec in slot_specs(signature)]
+        slots += facts["prefix_slots"]
+    facts["operators"] = check_graph(converted.model, signature, opset, slots)
     with disk_errors(file.output):
         ir.save(converted.model, path)
-    return {"operators": counts, "removed": removed}
+    return facts
 
 
 def _initializer(names: NameMap, parameter: str) -> str:
