@@ -1,0 +1,121 @@
+"""Everything that a bundle holds, written while the converter's process is at work."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from peft_deploy.bundle import (
+    MODEL,
+    MODEL_DATA,
+    PARAMS,
+    PROGRAM,
+    BundleFolder,
+    Manifest,
+    genai_config,
+    special_token_ids,
+)
+from peft_deploy.config.export import ONNX, ExportOptions
+from peft_deploy.config.json_file import read_object
+from peft_deploy.convert import ConversionJob
+from peft_deploy.errors import CheckpointError
+from peft_deploy.text import Tokenizer
+from peft_deploy.workflows.description import describe
+from peft_deploy.workflows.phase_clock import PhaseClock
+from peft_deploy.workflows.sources import EXPORT_DTYPE, ExportSource
+
+if TYPE_CHECKING:
+    from peft_deploy.convert import ConvertedGraph, StaticProgram, WeightFile
+
+
+def fill_bundle(
+    folder: BundleFolder,
+    source: ExportSource,
+    job: ConversionJob,
+    options: ExportOptions,
+    clock: PhaseClock,
+) -> Manifest:
+    """Writes everything that a bundle has, the unvalidated manifest last.
+
+    Args:
+        folder: to write to.
+        source: the model and its adapters.
+        job: traces and converts meanwhile.
+        options: of the export.
+        clock: is told about every phase.
+    """
+    from peft_deploy.convert import stream_weights
+
+    generation = _read_companions(source)
+    tensors = source.merged(EXPORT_DTYPE)
+    fingerprint = source.fingerprint()
+    folder.require_space(sum(tensors.info(name).nbytes for name in tensors.names()))
+    with _weight_file(folder, options.format) as file:
+        stream_weights(tensors, file, clock)  # while the child traces
+        converted = job.result(clock.phase)
+        clock.phase("Finishing the graph")
+        source.check(converted.shapes)
+        graph = _finish(converted, source, file, options)
+    _write_configs(folder, source, generation, options.format)
+    hashes = folder.hashes({file.path.name: file.sha256})
+    manifest = describe(source, options, converted, hashes, fingerprint, graph)
+    folder.seal(manifest)
+    return manifest
+
+
+def _weight_file(folder: BundleFolder, format: str) -> WeightFile:
+    from peft_deploy.convert import ParamsFile, WeightFile
+
+    if format == ONNX:
+        return WeightFile(folder.path / MODEL_DATA, folder.output)
+    return ParamsFile(folder.path / PARAMS, folder.output)
+
+
+def _finish(
+    converted: ConvertedGraph | StaticProgram,
+    source: ExportSource,
+    file: WeightFile,
+    options: ExportOptions,
+) -> dict[str, Any]:
+    """Writes the graph beside its weights; returns what the manifest says of it."""
+    from peft_deploy.convert import StaticProgram, write_program
+
+    if isinstance(converted, StaticProgram):
+        return {"operators": write_program(converted, file, file.path.with_name(PROGRAM))}
+    # Here and not above: onnx-ir takes most of a second to import, which the child has better use for.
+    from peft_deploy.workflows.graph import finish_graph
+
+    return finish_graph(converted, source, file, options.opset, file.path.with_name(MODEL))
+
+
+def _read_companions(source: ExportSource) -> dict[str, Any] | None:
+    """Generation settings, if any; a damaged file is to be known before the work and not after it.
+
+    Raises:
+        CheckpointError: one of the files cannot be read.
+    """
+    files = {path.name: path for path in source.companions}
+    if "tokenizer.json" in files:
+        Tokenizer.from_folder(files["tokenizer.json"].parent)
+    path = files.get("generation_config.json")
+    return None if path is None else read_object(path, CheckpointError)
+
+
+def _write_configs(
+    folder: BundleFolder, source: ExportSource, generation: dict[str, Any] | None, format: str
+) -> None:
+    for file in source.companions:
+        folder.copy(file)
+    config = source.family.huggingface_config(source.config)
+    folder.write_text("config.json", _json(config))
+    family = source.family
+    if family.genai_type is not None and format == ONNX:
+        tokens = special_token_ids(source.config, generation)
+        inputs = family.signature(source.config).input_names
+        genai = genai_config(family.genai_type, family.dims(source.config), tokens, inputs)
+        folder.write_text("genai_config.json", _json(genai))
+
+
+def _json(data: Mapping[str, Any]) -> str:
+    return json.dumps(data, indent=2, ensure_ascii=False) + "\n"

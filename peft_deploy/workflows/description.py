@@ -1,0 +1,92 @@
+"""What a bundle says about itself, and what an export says that it would do."""
+
+from __future__ import annotations
+
+from datetime import datetime, timezone
+from importlib.metadata import distributions
+from typing import TYPE_CHECKING, Any
+
+from peft_deploy.bundle import Manifest
+from peft_deploy.config.export import ONNX, ExportOptions
+from peft_deploy.workflows.sources import EXPORT_DTYPE, ExportSource
+
+if TYPE_CHECKING:
+    from peft_deploy.convert import ConvertedGraph, StaticProgram
+    from peft_deploy.weights import TensorSource
+
+_PACKAGES = ("peft-deploy", "onnx-ir", "onnxruntime", "numpy")
+
+
+def describe(
+    source: ExportSource,
+    options: ExportOptions,
+    converted: ConvertedGraph | StaticProgram,
+    hashes: dict[str, str],
+    fingerprint: str,
+    graph: dict[str, Any],
+) -> Manifest:
+    """The manifest of a bundle that was not validated yet.
+
+    Args:
+        source: the model and its adapters.
+        options: of the export.
+        converted: what the converter's process made.
+        hashes: file → SHA-256.
+        fingerprint: of the base model.
+        graph: facts about the graph.
+    """
+    return Manifest(
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        versions=_versions() | converted.versions,
+        model_type=source.family.model_type,
+        architecture=source.family.paddle_model(source.config),
+        signature=source.family.signature(source.config, EXPORT_DTYPE),
+        opset=options.opset if options.format == ONNX else None,
+        format=options.format,
+        precision="fp32",
+        base={"name": source.name, "layout": source.layout, "fingerprint": fingerprint},
+        adapters=[_adapter_entry(source)] if source.adapter else [],
+        files=hashes,
+        graph=graph,
+    )
+
+
+def _adapter_entry(source: ExportSource) -> dict[str, Any]:
+    assert source.adapter is not None
+    adapter = source.adapter.adapter
+    return {
+        "name": source.adapter.name,
+        "method": "lora",
+        "mode": "merged",
+        "rank": adapter.config.r,
+        "scaling": adapter.config.scaling,
+        "targets": sorted(adapter.pairs),
+        "replaced": sorted(adapter.replacements),
+        "fingerprint": adapter.fingerprint,
+    }
+
+
+def plan_lines(source: ExportSource, tensors: TensorSource) -> list[str]:
+    """What an export would do, a sentence each.
+
+    Args:
+        source: the model and its adapters.
+        tensors: that would be written.
+    """
+    total = sum(tensors.info(name).nbytes for name in tensors.names())
+    plan = [
+        f"base model {source.name}: {source.family.paddle_model(source.config)}, {len(tensors.names())} tensors, "
+        f"{source.layout} layout"
+    ]
+    if source.adapter:
+        adapter = source.adapter.adapter
+        plan.append(
+            f"adapter {source.adapter.name}: LoRA of rank {adapter.config.r} on {len(adapter.pairs)} layers, "
+            f"{len(adapter.replacements)} replaced tensors; it fits the base model"
+        )
+    plan.append(f"the bundle would hold {total / 1e6:,.0f} MB of {EXPORT_DTYPE} weights")
+    return plan
+
+
+def _versions() -> dict[str, str]:
+    return {p: found[0].version for p in _PACKAGES if (found := list(distributions(name=p)))}
