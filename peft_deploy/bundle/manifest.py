@@ -33,6 +33,7 @@ class Manifest:
         opset: version of the default operator set; None in Paddle's format.
         format: ``onnx``, or ``paddle`` for Paddle's static format.
         precision: ``fp32``, ….
+        context_length: the most tokens that the model can see, new ones included; None when that is not known.
         base: where the base model came from: ``name``, ``layout`` and ``fingerprint``.
         adapters: one entry an adapter: ``name``, ``method``, ``mode`` (``merged``), ``rank``, ``scaling``,
             ``targets`` (module names), ``fingerprint``.
@@ -50,6 +51,7 @@ class Manifest:
     opset: int | None
     precision: str
     format: str = ONNX
+    context_length: int | None = None
     base: dict[str, Any]
     adapters: list[dict[str, Any]] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)

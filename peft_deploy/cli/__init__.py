@@ -44,6 +44,11 @@ _COMMANDS = {
         "inspect_command",
         "Say what a checkpoint, an adapter or a bundle is.",
     ),
+    "bench": (
+        "peft_deploy.cli.bench",
+        "bench_command",
+        "Measure how fast bundles are, adapters off and on.",
+    ),
     "doctor": ("peft_deploy.cli.doctor", "doctor_command", "Check this machine and its packages."),
 }
 

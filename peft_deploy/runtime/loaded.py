@@ -18,10 +18,8 @@ from peft_deploy.runtime.runner import Array
 from peft_deploy.runtime.sampling import Sampling
 from peft_deploy.runtime.text_generation import TextRun, encode_prompts
 from peft_deploy.text.padding import Side
-from peft_deploy.text.special_tokens import MODEL_CONFIG, read_json
 from peft_deploy.text.tokenizer import TOKENIZER, Tokenizer
 
-_CONTEXT_KEYS = ("max_position_embeddings", "seq_length", "n_positions", "max_sequence_length")
 
 
 class LoadedBundle:
@@ -166,9 +164,7 @@ def load_bundle(
     runner = open_runner(folder, manifest.signature, provider=provider, threads=threads)
     with _as_bundle_error():
         tokenizer = Tokenizer.from_folder(folder) if (folder / TOKENIZER).is_file() else None
-        config = read_json(folder / MODEL_CONFIG)
-    length = next((config[key] for key in _CONTEXT_KEYS if isinstance(config.get(key), int)), None)
-    return LoadedBundle(folder, manifest, runner, tokenizer, length)
+    return LoadedBundle(folder, manifest, runner, tokenizer, manifest.context_length)
 
 
 def _check_files(folder: Path, manifest: Manifest, *, verify: bool) -> None:

@@ -44,8 +44,12 @@ def describe(
         opset=options.opset if options.format == ONNX else None,
         format=options.format,
         precision="fp32",
+        context_length=source.family.dims(source.config).max_positions,
         base={"name": source.name, "layout": source.layout, "fingerprint": fingerprint},
-        adapters=[_adapter_entry(source)] if source.adapter else [],
+        adapters=[
+            *([_adapter_entry(source)] if source.adapter else []),
+            *(named.entry(slots=options.prefix_slots) for named in source.prefixes),
+        ],
         files=hashes,
         graph=graph,
     )
@@ -84,6 +88,10 @@ def plan_lines(source: ExportSource, tensors: TensorSource) -> list[str]:
             f"adapter {source.adapter.name}: LoRA of rank {adapter.config.r} on {len(adapter.pairs)} layers, "
             f"{len(adapter.replacements)} replaced tensors; it fits the base model"
         )
+    plan += [
+        f"prefix {named.name}: {named.prefix.num_tokens} tokens; it fits the base model"
+        for named in source.prefixes
+    ]
     plan.append(f"the bundle would hold {total / 1e6:,.0f} MB of {EXPORT_DTYPE} weights")
     return plan
 

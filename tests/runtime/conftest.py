@@ -34,6 +34,7 @@ def write_bundle(folder: Path, weights: dict[str, np.ndarray]) -> Path:
         signature=tiny_graph.signature(),
         opset=17,
         precision="fp32",
+        context_length=tiny_graph.MAX_POSITIONS,
         base={"name": "tiny"},
         files=files,
     )
