@@ -23,6 +23,7 @@ from peft_deploy.errors import CheckpointError
 from peft_deploy.text import Tokenizer
 from peft_deploy.workflows.description import describe
 from peft_deploy.workflows.phase_clock import PhaseClock
+from peft_deploy.workflows.prefixes import write_prefixes
 from peft_deploy.workflows.sources import EXPORT_DTYPE, ExportSource
 
 if TYPE_CHECKING:
@@ -58,6 +59,9 @@ def fill_bundle(
         source.check(converted.shapes)
         graph = _finish(converted, source, file, options)
     _write_configs(folder, source, generation, options.format)
+    signature = source.family.signature(source.config, EXPORT_DTYPE)
+    slots = options.prefix_slots
+    write_prefixes(folder, source.prefixes, signature, fingerprint, slots=slots)
     hashes = folder.hashes({file.path.name: file.sha256})
     manifest = describe(source, options, converted, hashes, fingerprint, graph)
     folder.seal(manifest)
@@ -86,7 +90,8 @@ def _finish(
     # Here and not above: onnx-ir takes most of a second to import, which the child has better use for.
     from peft_deploy.workflows.graph import finish_graph
 
-    return finish_graph(converted, source, file, options.opset, file.path.with_name(MODEL))
+    path, slots = file.path.with_name(MODEL), options.prefix_slots
+    return finish_graph(converted, source, file, options.opset, path, prefix_slots=slots)
 
 
 def _read_companions(source: ExportSource) -> dict[str, Any] | None:

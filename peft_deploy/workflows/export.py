@@ -18,7 +18,14 @@ from peft_deploy.progress import Progress, Silent
 from peft_deploy.workflows.contents import fill_bundle
 from peft_deploy.workflows.description import plan_lines
 from peft_deploy.workflows.phase_clock import PhaseClock
-from peft_deploy.workflows.sources import EXPORT_DTYPE, ExportSource, from_folders
+from peft_deploy.workflows.prefixes import is_prefix
+from peft_deploy.workflows.sources import (
+    EXPORT_DTYPE,
+    Adapters,
+    ExportSource,
+    from_folders,
+    given_adapters,
+)
 
 if TYPE_CHECKING:
     from paddle import nn
@@ -51,7 +58,7 @@ def export(
     base: str | Path | BaseModel | nn.Layer,
     output: str | Path,
     *,
-    adapter: str | Path | None = None,
+    adapter: Adapters = None,
     tokenizer: str | Path | None = None,
     options: ExportOptions | None = None,
     progress: Progress | None = None,
@@ -62,7 +69,8 @@ def export(
         base: the base model's folder, a name that PaddleNLP can download, or a PaddleNLP model or ``LoRAModel`` in
             memory, which is left as it was.
         output: the bundle's folder.
-        adapter: the adapter's folder, or ``NAME=FOLDER``; not for a model in memory, which brings its own.
+        adapter: the adapter's folder, or ``NAME=FOLDER``, or several: LoRA and prefixes; not for a model in memory,
+            which brings its own.
         tokenizer: a folder with tokenizer files; for a model in memory.
         options: how; defaults are those of the command line.
         progress: is told about every phase.
@@ -108,22 +116,21 @@ def export(
 
 
 def _check_combination(
-    base: BaseModel | nn.Layer, adapter: str | Path | None, options: ExportOptions
+    base: BaseModel | nn.Layer, adapter: Adapters, options: ExportOptions
 ) -> None:
-    if adapter is None:
-        return
-    if not isinstance(base, BaseModel):
+    given = given_adapters(adapter)
+    if given and not isinstance(base, BaseModel):
         raise ConfigError(
             "a model in memory brings its own adapter; give a folder as base to add one"
         )
-    if not options.merge:
+    if not options.merge and any(not is_prefix(text) for text in given):
         raise ConfigError(
             "an adapter was given without saying what to do with it", hint="add --merge"
         )
 
 
 def _source(
-    base: BaseModel | nn.Layer, adapter: str | Path | None, tokenizer: str | Path | None
+    base: BaseModel | nn.Layer, adapter: Adapters, tokenizer: str | Path | None
 ) -> ExportSource:
     if isinstance(base, BaseModel):
         return from_folders(base, adapter)
@@ -136,10 +143,12 @@ def _validate(
     folder: BundleFolder, source: ExportSource, manifest: Manifest, clock: PhaseClock
 ) -> tuple[Manifest, ParityReport]:
     clock.phase("Preparing the check")
+    from peft_deploy.workflows.check_prefixes import check_prefixes
     from peft_deploy.workflows.validate import check_bundle
 
     reference = source.load_reference(clock)
     report = check_bundle(folder.path, reference, source.family, source.config, progress=clock)
+    report = check_prefixes(report, folder.path, reference, source, progress=clock)
     manifest = replace(manifest, parity=report.to_dict())
     folder.seal(manifest)
     return manifest, report

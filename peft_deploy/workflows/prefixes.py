@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft_deploy.adapters.formats.detect import AdapterFormat
+from peft_deploy.adapters.formats.detect import AdapterFormat, Method, detect
 from peft_deploy.adapters.formats.onnx_file import model_version, write_onnx_adapter
 from peft_deploy.adapters.formats.peft_prefix import read_peft_prefix
 from peft_deploy.adapters.formats.prefix import PrefixAdapter, read_prefix
@@ -22,7 +22,7 @@ from peft_deploy.errors import AdapterError, listed
 from peft_deploy.families import DecoderFamily, past_rule_of
 from peft_deploy.signature import POSITION_IDS, GraphSignature
 from peft_deploy.weights import cast_array
-from peft_deploy.workflows.sources import EXPORT_DTYPE
+from peft_deploy.workflows.sources import EXPORT_DTYPE, name_and_path
 
 METHOD = "prefix"
 
@@ -55,6 +55,39 @@ class NamedPrefix:
             "slots": slots,
             "fingerprint": self.adapter.fingerprint,
         }
+
+
+def is_prefix(text: str) -> bool:
+    """Whether an adapter given as ``FOLDER`` or ``NAME=FOLDER`` is a prefix.
+
+    Raises:
+        AdapterError: it is not there, or no adapter.
+    """
+    return detect(name_and_path(text)[1])[1] is Method.PREFIX
+
+
+def split_prefixes(
+    adapters: Sequence[str], base: BaseModel
+) -> tuple[list[str], list[NamedPrefix]]:
+    """The adapters that are no prefixes as they were given, and the prefixes.
+
+    Args:
+        adapters: each ``FOLDER`` or ``NAME=FOLDER``.
+        base: the base model.
+
+    Raises:
+        AdapterError: one is not there, or :func:`read_named_prefix` refuses it.
+        ConfigError: a name that no file can have.
+    """
+    others, prefixes = [], []
+    for text in adapters:
+        name, path = name_and_path(text)
+        format, method = detect(path)
+        if method is Method.PREFIX:
+            prefixes.append(read_named_prefix(name, path, format, base))
+        else:
+            others.append(text)
+    return others, prefixes
 
 
 def read_named_prefix(
@@ -142,7 +175,7 @@ def write_prefixes(
     base_fingerprint: str,
     *,
     slots: bool,
-) -> list[dict[str, Any]]:
+) -> None:
     """Writes every prefix, as a cache and, for a graph with prefix slots, as an adapter file.
 
     Args:
@@ -151,9 +184,6 @@ def write_prefixes(
         signature: of the graph.
         base_fingerprint: of the base model.
         slots: whether the graph has prefix slots.
-
-    Returns:
-        The manifest's entries.
 
     Raises:
         OutputError: one cannot be written.
@@ -167,7 +197,6 @@ def write_prefixes(
             tensors = named.prefix.slots(positions=POSITION_IDS in signature.input_names)
             target = adapter_path(folder.path, named.name)
             write_onnx_adapter(target, tensors, model_version(base_fingerprint))
-    return [named.entry(slots=slots) for named in prefixes]
 
 
 def prefix_entries(adapters: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

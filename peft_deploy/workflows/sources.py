@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,10 @@ from peft_deploy.workflows.lineage import check_lineage
 if TYPE_CHECKING:
     from paddle import nn
 
+    from peft_deploy.workflows.prefixes import NamedPrefix
 
+
+Adapters = str | Path | Sequence[str | Path] | None
 EXPORT_DTYPE = "float32"  # of the weights and the arithmetic in a bundle
 
 
@@ -45,6 +48,7 @@ class ExportSource:
         fingerprint: identifies the base model's weights; computed when called.
         adapter: to be merged, if any.
         companions: tokenizer and generation files that go into the bundle.
+        prefixes: that the bundle gets beside its weights.
         check: fails when the weights are not those of a model with these parameters and shapes.
         load_reference: gives the model in the dynamic graph, adapter active and not merged.
     """
@@ -59,6 +63,7 @@ class ExportSource:
     check: Callable[[Mapping[str, tuple[int, ...]]], None]
     load_reference: Callable[[Progress], nn.Layer]
     companions: list[Path] = field(default_factory=list)
+    prefixes: tuple[NamedPrefix, ...] = ()
 
     def merged(self, dtype: str) -> TensorSource:
         """The weights of the bundle, computed as they are read.
@@ -71,22 +76,32 @@ class ExportSource:
         return self.adapter.adapter.merge_into(self.tensors, dtype)
 
 
-def from_folders(base: str | Path | BaseModel, adapter: str | Path | None) -> ExportSource:
-    """A base model and an adapter on disk.
+def from_folders(base: str | Path | BaseModel, adapter: Adapters) -> ExportSource:
+    """A base model and adapters on disk.
 
     Args:
         base: the base model's folder, or a name that PaddleNLP can download.
-        adapter: the adapter's folder, ``NAME=FOLDER`` to name it in the bundle; none to export the base alone.
+        adapter: the adapter's folder, ``NAME=FOLDER`` to name it in the bundle, or several of them, of which one can
+            be LoRA and the others prefixes; none to export the base alone.
 
     Raises:
         CheckpointError, AdapterError, UnsupportedModelError: what is wrong with either, or the base model holds
             the adapter already.
+        ConfigError: two adapters of one name, or two that would be merged.
     """
+    from peft_deploy.workflows.prefixes import split_prefixes
+
     model = base if isinstance(base, BaseModel) else open_base(base)
     model.check_names()
-    named = None if adapter is None else read_named(str(adapter), model)
+    loras, prefixes = split_prefixes(given_adapters(adapter), model)
+    if len(loras) > 1:
+        raise ConfigError(
+            f"{len(loras)} LoRA adapters were given; one can be merged into a base model"
+        )
+    named = read_named(loras[0], model) if loras else None
     if named is not None:
         check_lineage(model, named.adapter)
+    check_unique([p.name for p in prefixes] + ([named.name] if named else []))
 
     def load_reference(progress: Progress) -> nn.Layer:
         from peft_deploy.base.dygraph import load_model
@@ -107,6 +122,7 @@ def from_folders(base: str | Path | BaseModel, adapter: str | Path | None) -> Ex
         check=model.tensors.check,
         load_reference=load_reference,
         companions=model.companions(),
+        prefixes=tuple(prefixes),
     )
 
 
@@ -133,14 +149,7 @@ def read_named(text: str, base: BaseModel) -> NamedAdapter:
         AdapterError: it cannot be read.
         ConfigError: the name has characters that a file name should not have.
     """
-    name, separator, folder = text.partition("=")
-    if not separator or Path(text).exists():
-        name, folder = "", text
-    path = Path(folder).expanduser()
-    # A name that was not asked for must not be a reason to refuse a folder.
-    name = name or re.sub(r"[^\w.-]+", "-", path.resolve().name).strip("-.") or "default"
-    if not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
-        raise ConfigError(f"the adapter name {name!r} may hold only letters, digits and . _ -")
+    name, path = name_and_path(text)
     adapter = read_lora(
         path,
         base.names,
@@ -149,3 +158,40 @@ def read_named(text: str, base: BaseModel) -> NamedAdapter:
         model_config=base.config,
     )
     return NamedAdapter(name, adapter)
+
+
+def given_adapters(adapter: Adapters) -> list[str]:
+    """What was given for adapters, as a list."""
+    if adapter is None:
+        return []
+    return [str(adapter)] if isinstance(adapter, str | Path) else [str(a) for a in adapter]
+
+
+def name_and_path(text: str) -> tuple[str, Path]:
+    """An adapter given as ``FOLDER`` or ``NAME=FOLDER``, its name made of the folder's where none was given.
+
+    Raises:
+        ConfigError: the name has characters that a file name should not have.
+    """
+    name, separator, folder = text.partition("=")
+    if not separator or Path(text).exists():
+        name, folder = "", text
+    path = Path(folder).expanduser()
+    # A name that was not asked for must not be a reason to refuse a folder.
+    name = name or re.sub(r"[^\w.-]+", "-", path.resolve().name).strip("-.") or "default"
+    if not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
+        raise ConfigError(f"the adapter name {name!r} may hold only letters, digits and . _ -")
+    return name, path
+
+
+def check_unique(names: Sequence[str]) -> None:
+    """Passes when no two adapters go by one name.
+
+    Raises:
+        ConfigError: two do.
+    """
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(
+            f"two adapters are called {twice[0]!r}", hint="name them: --adapter NAME=DIR"
+        )

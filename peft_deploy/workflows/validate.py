@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +13,14 @@ from peft_deploy.families import Family
 from peft_deploy.parity.cases import CaseMatrix, build_matrix
 from peft_deploy.parity.gate import CheckOptions, check
 from peft_deploy.parity.generation import Prompt
+from peft_deploy.parity.oracle import Reference
 from peft_deploy.parity.passages import PASSAGE, PROMPTS
 from peft_deploy.parity.report import ParityReport
 from peft_deploy.progress import Progress, Silent
-from peft_deploy.runtime import open_runner
+from peft_deploy.runtime import Runner, open_runner
 from peft_deploy.text import Tokenizer
-from peft_deploy.workflows.sources import ExportSource, from_folders
+from peft_deploy.workflows.check_prefixes import check_prefix_origin, check_prefixes
+from peft_deploy.workflows.sources import Adapters, ExportSource, from_folders
 
 if TYPE_CHECKING:
     from paddle import nn
@@ -31,7 +33,7 @@ def validate(
     bundle: str | Path,
     base: str | Path | BaseModel,
     *,
-    adapter: str | Path | None = None,
+    adapter: Adapters = None,
     provider: str = "cpu",
     seed: int = 0,
     progress: Progress | None = None,
@@ -41,7 +43,7 @@ def validate(
     Args:
         bundle: the bundle's folder.
         base: the base model's folder, or a name that PaddleNLP can download.
-        adapter: the folder of the adapter that was merged, if any.
+        adapter: the folders of the adapters that the bundle was made with, if any.
         provider: what runs the bundle, ``"cpu"`` or ``"cuda"``.
         seed: of the random tokens.
         progress: is told about every phase.
@@ -63,15 +65,9 @@ def validate(
     progress.phase("Comparing fingerprints")
     check_origin(manifest, source)
     model = source.load_reference(progress)
-    return check_bundle(
-        folder,
-        model,
-        source.family,
-        source.config,
-        provider=provider,
-        seed=seed,
-        progress=progress,
-    )
+    options: dict[str, Any] = {"provider": provider, "seed": seed, "progress": progress}
+    report = check_bundle(folder, model, source.family, source.config, **options)
+    return check_prefixes(report, folder, model, source, **options)
 
 
 def check_bundle(
@@ -99,7 +95,38 @@ def check_bundle(
 
     reference = PaddleReference(model, family, config)
     runner = open_runner(folder, reference.signature, provider=provider)
-    max_positions = family.dims(config).max_positions
+    return check_runner(
+        folder,
+        reference,
+        runner,
+        family.dims(config).max_positions,
+        provider=provider,
+        seed=seed,
+        progress=progress,
+    )
+
+
+def check_runner(
+    folder: Path,
+    reference: Reference,
+    runner: Runner,
+    max_positions: int,
+    *,
+    provider: str = "cpu",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> ParityReport:
+    """Checks whatever runs a bundle against a reference.
+
+    Args:
+        folder: the bundle, for its tokenizer.
+        reference: the model that was trained.
+        runner: runs the bundle.
+        max_positions: that a text can have.
+        provider: behind the runner, for the report.
+        seed: of the random tokens.
+        progress: gets a phase for the reference, the bundle and the generation.
+    """
     tokenizer = Tokenizer.from_folder(folder) if (folder / _TOKENIZER).is_file() else None
     real_ids = None if tokenizer is None else tokenizer.encode(PASSAGE)
     matrix = build_matrix(reference.signature, max_positions, real_ids=real_ids, seed=seed)
@@ -139,7 +166,8 @@ def check_origin(manifest: Manifest, source: ExportSource) -> None:
             f"{recorded[:12]}; {source.name} has {source.fingerprint()[:12]}",
             hint="give the base model that the bundle was exported from",
         )
-    merged: Sequence[Mapping[str, Any]] = manifest.adapters
+    check_prefix_origin(manifest, source)
+    merged = [entry for entry in manifest.adapters if entry.get("mode") == "merged"]
     if source.adapter is None:
         if merged:
             names = ", ".join(str(entry["name"]) for entry in merged)

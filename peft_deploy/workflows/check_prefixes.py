@@ -1,0 +1,129 @@
+"""Checks the prefixes of a bundle against the prefix models that they were trained in."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from peft_deploy.adapters.formats.detect import AdapterFormat
+from peft_deploy.bundle import Manifest
+from peft_deploy.bundle.adapter_files import adapter_path
+from peft_deploy.bundle.prefixes import prefix_path, read_prefix_file
+from peft_deploy.errors import AdapterError
+from peft_deploy.parity.prefixed import PrefixedRunner
+from peft_deploy.parity.report import ParityReport
+from peft_deploy.progress import Progress, Silent
+from peft_deploy.runtime import OnnxRunner, Runner, open_runner
+from peft_deploy.runtime.loaded_adapter import read_for_slots
+from peft_deploy.workflows.prefixes import NamedPrefix, prefix_entries
+from peft_deploy.workflows.sources import ExportSource
+
+if TYPE_CHECKING:
+    from paddle import nn
+
+    from peft_deploy.parity.prefix_reference import PrefixReference
+
+
+def check_prefixes(
+    report: ParityReport,
+    folder: Path,
+    model: nn.Layer,
+    source: ExportSource,
+    *,
+    provider: str = "cpu",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> ParityReport:
+    """The report with one part for every prefix, and one more where it fills slots.
+
+    Args:
+        report: of the bundle without a prefix.
+        folder: the bundle, sealed or not.
+        model: in the dynamic graph, without a prefix, LoRA active; left as it was.
+        source: the model and the prefixes as they were trained.
+        provider: what runs the bundle.
+        seed: of the random tokens.
+        progress: gets phases.
+    """
+    # Here, because of what validate imports in turn.
+    from peft_deploy.workflows.validate import check_runner
+
+    parts = dict(report.parts)
+    for named in source.prefixes:
+        reference = _reference(model, named, source)
+        positions = source.family.dims(source.config).max_positions - named.prefix.num_tokens
+        for title, runner in _runners(folder, named, provider).items():
+            (progress or Silent()).phase(f"Preparing the check with {title}")
+            parts[title] = check_runner(
+                folder,
+                reference,
+                runner,
+                positions,
+                provider=provider,
+                seed=seed,
+                progress=progress,
+            )
+    return replace(report, parts=parts)
+
+
+def _runners(folder: Path, named: NamedPrefix, provider: str) -> dict[str, Runner]:
+    """The ways in which the bundle takes a prefix, from its own files."""
+    manifest = Manifest.read(folder)
+    fingerprint = manifest.base["fingerprint"]
+    runner = open_runner(folder, manifest.signature, provider=provider)
+    prefix = read_prefix_file(prefix_path(folder, named.name), manifest.signature, fingerprint)
+    title = f"prefix {named.name}"
+    runners: dict[str, Runner] = {title: PrefixedRunner(runner, prefix)}
+    path = adapter_path(folder, named.name)
+    if isinstance(runner, OnnxRunner) and path.is_file():
+        loaded = read_for_slots(path, named.name, runner.slots, folder, fingerprint, provider)
+        runners[f"{title} in slots"] = runner.with_slots(loaded.values())
+    return runners
+
+
+def _reference(model: nn.Layer, named: NamedPrefix, source: ExportSource) -> PrefixReference:
+    from peft_deploy.adapters.lora import LoRAModel
+    from peft_deploy.adapters.prefix import PrefixModelForCausalLM
+    from peft_deploy.parity.prefix_reference import PrefixReference
+
+    inner = model.model if isinstance(model, LoRAModel) else model
+    frozen = [(p, p.stop_gradient) for p in inner.parameters()]
+    prefixed = PrefixModelForCausalLM(inner, replace(named.adapter.config, dtype=None))
+    prefixed.set_state_dict(dict(named.adapter.state))
+    prefixed.eval()
+    for parameter, stop_gradient in frozen:
+        parameter.stop_gradient = stop_gradient
+    offset = named.prefix.position_offset
+    reference = PrefixReference(prefixed, source.family, source.config, position_offset=offset)
+    if named.format is AdapterFormat.PADDLE:
+        reference.check_positions()
+    return reference
+
+
+def check_prefix_origin(manifest: Manifest, source: ExportSource) -> None:
+    """Passes when a bundle has exactly these prefixes.
+
+    Raises:
+        AdapterError: one is missing on either side, or is another one than that of its name.
+    """
+    recorded = {entry["name"]: entry["fingerprint"] for entry in prefix_entries(manifest.adapters)}
+    given = {named.name: named.adapter.fingerprint for named in source.prefixes}
+    for name, fingerprint in given.items():
+        if name not in recorded:
+            known = ", ".join(recorded) or "none"
+            raise AdapterError(
+                f"the bundle has no prefix {name}; its prefixes: {known}",
+                hint="name it as the bundle does: --adapter NAME=DIR" if recorded else None,
+            )
+        if recorded[name] != fingerprint:
+            raise AdapterError(
+                f"the bundle's prefix {name} has the fingerprint {recorded[name][:12]}; the one that was given has "
+                f"{fingerprint[:12]}",
+                hint="give the very prefix that the bundle was exported with",
+            )
+    if missing := recorded.keys() - given.keys():
+        raise AdapterError(
+            f"the bundle has the prefix {', '.join(sorted(missing))}, which was not given",
+            hint="add --adapter NAME=DIR with its folder",
+        )
