@@ -4,7 +4,12 @@ The only package in which a family's name appears. Everything but the stand-ins 
 only the modules above it (errors, signature, config).
 """
 
-from peft_deploy.families import llama as llama  # registers itself
+# Each of these registers itself.
+from peft_deploy.families import bert as bert
+from peft_deploy.families import ernie as ernie
+from peft_deploy.families import llama as llama
+from peft_deploy.families import roberta as roberta
+from peft_deploy.families.encoder import EncoderFamily
 from peft_deploy.families.family import DecoderFamily, Family, ModelDims
 from peft_deploy.families.names import MappedName, NameMap, NameRule
 from peft_deploy.families.parallel import ParallelRule, parallel_axes
@@ -16,10 +21,12 @@ from peft_deploy.families.past import (
     past_dims,
     past_rule_of,
 )
+from peft_deploy.families.pooling import Pooling
 from peft_deploy.families.registry import find_family, known_architectures, register
 
 __all__ = [
     "DecoderFamily",
+    "EncoderFamily",
     "Family",
     "MappedName",
     "ModelDims",
@@ -28,6 +35,7 @@ __all__ = [
     "ParallelRule",
     "PastDims",
     "PastRule",
+    "Pooling",
     "find_family",
     "find_past_rule",
     "known_architectures",
