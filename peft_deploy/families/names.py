@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 
@@ -15,19 +15,41 @@ class NameRule:
         paddle: PaddleNLP's parameter name.
         huggingface: the name in a Hugging Face checkpoint.
         transpose: torch's linear layers keep ``[out, in]``, Paddle's ``[in, out]``.
+        paddle_only: Hugging Face's models have no such tensor (they keep the parts of a fused weight apart), and
+            the name on that side is for graphs alone.
     """
 
     paddle: str
     huggingface: str
     transpose: bool = False
+    paddle_only: bool = False
+
+
+@dataclass(frozen=True)
+class FusedRule:
+    """PaddleNLP parameters that a Hugging Face checkpoint keeps as one tensor, equal blocks of its last axis.
+
+    Such a tensor can be read; it is not written.
+
+    Args:
+        paddle: the parameters in the order of the blocks; ``{i}`` stands for a layer's index. Each of them has a
+            rule of its own, too, with ``paddle_only``.
+        huggingface: the one tensor.
+    """
+
+    paddle: tuple[str, ...]
+    huggingface: str
 
 
 @dataclass(frozen=True)
 class MappedName:
-    """A name on the other side, and whether the matrix has to be transposed on the way."""
+    """A name on the other side, whether the matrix has to be transposed on the way, and
+    :attr:`NameRule.paddle_only`.
+    """
 
     name: str
     transpose: bool
+    paddle_only: bool = False
 
 
 class NameMap:
@@ -35,14 +57,25 @@ class NameMap:
 
     Args:
         rules: the pairs.
-        ignored: regular expressions of Hugging Face tensors that carry no weight (stored tables).
+        ignored: regular expressions of tensors that carry no weight (stored tables), whichever side they are on.
+        fused: Hugging Face tensors that hold several parameters.
+        rows: where all names are the same on both sides, what tells the layouts apart: a PaddleNLP parameter →
+            its number of rows there, which is not its number of columns.
     """
 
-    def __init__(self, rules: Iterable[NameRule], ignored: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        rules: Iterable[NameRule],
+        ignored: Iterable[str] = (),
+        fused: Iterable[FusedRule] = (),
+        rows: Mapping[str, int] | None = None,
+    ) -> None:
         self.rules = tuple(rules)
+        self.rows = dict(rows or {})
+        self._fused = [(_pattern(rule.huggingface), rule.paddle) for rule in fused]
         self._ignored = [re.compile(pattern) for pattern in ignored]
-        self._from_hf = [(_pattern(r.huggingface), r.paddle, r.transpose) for r in self.rules]
-        self._from_paddle = [(_pattern(r.paddle), r.huggingface, r.transpose) for r in self.rules]
+        self._from_hf = [(_pattern(r.huggingface), r.paddle, r) for r in self.rules]
+        self._from_paddle = [(_pattern(r.paddle), r.huggingface, r) for r in self.rules]
 
     def to_paddle(self, huggingface: str) -> MappedName | None:
         """PaddleNLP's name of a Hugging Face tensor; None for a name that is not in the map."""
@@ -51,6 +84,14 @@ class NameMap:
     def to_huggingface(self, paddle: str) -> MappedName | None:
         """Hugging Face's name of a PaddleNLP parameter; None for a name that is not in the map."""
         return _map(self._from_paddle, paddle)
+
+    def parts(self, huggingface: str) -> tuple[str, ...]:
+        """PaddleNLP's names of the blocks of a fused tensor; none for a tensor that is not fused."""
+        for pattern, names in self._fused:
+            if match := pattern.fullmatch(huggingface):
+                index = match.group(1) if match.groups() else ""
+                return tuple(name.replace("{i}", index) for name in names)
+        return ()
 
     def parameters(self, num_layers: int) -> set[str]:
         """PaddleNLP's names of all parameters of a model with so many layers."""
@@ -77,11 +118,11 @@ def _pattern(template: str) -> re.Pattern[str]:
     return re.compile(re.escape(template).replace(re.escape("{i}"), r"(\d+)"))
 
 
-def _map(table: list[tuple[re.Pattern[str], str, bool]], name: str) -> MappedName | None:
-    for pattern, template, transpose in table:
+def _map(table: list[tuple[re.Pattern[str], str, NameRule]], name: str) -> MappedName | None:
+    for pattern, template, rule in table:
         if match := pattern.fullmatch(name):
             index = match.group(1) if match.groups() else ""
-            return MappedName(template.replace("{i}", index), transpose)
+            return MappedName(template.replace("{i}", index), rule.transpose, rule.paddle_only)
     return None
 
 

@@ -104,8 +104,10 @@ def _fitting(checkpoint: Checkpoint) -> CanonicalTensors | None:
     """The weights in the terms of the registered family that knows most of their names."""
 
     def known(names: NameMap) -> int:
-        found = (names.to_paddle(n) or names.to_huggingface(n) for n in checkpoint.names())
-        return sum(name is not None for name in found)
+        return sum(
+            bool(names.to_paddle(n) or names.to_huggingface(n) or names.parts(n))
+            for n in checkpoint.names()
+        )
 
     maps = [find_family({"architectures": [a]}).names({}) for a in known_architectures()]
     best = max(maps, key=known)

@@ -87,7 +87,7 @@ class PaddleReference:
         if not self._fits_exactly():
             return None
         twin = copy.deepcopy(self.model)
-        twin.to(dtype="float64")
+        twin._to_impl(dtype="float64", floating_only=True)  # to() casts tables of integers, too
         return PaddleReference(twin, self.family, self.config, "float64")
 
     def _fits_exactly(self) -> bool:

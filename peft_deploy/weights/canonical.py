@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from peft_deploy.errors import CheckpointError, listed
-from peft_deploy.families.names import MappedName, NameMap
+from peft_deploy.families.names import NameMap
 from peft_deploy.weights.checkpoint import Checkpoint
 from peft_deploy.weights.fingerprint import fingerprint
 from peft_deploy.weights.source import Array, TensorInfo
@@ -24,6 +24,8 @@ class _Origin:
 
     name: str
     transpose: bool
+    block: int = 0
+    blocks: int = 1  # of the stored tensor's last axis
 
 
 class CanonicalTensors:
@@ -62,16 +64,16 @@ class CanonicalTensors:
         self.layout = HUGGINGFACE if prefix else _layout(checkpoint, name_map, names)
         self._origins: dict[str, _Origin] = {}
         for name in names:
-            mapped = None
+            found = {name: _Origin(name, transpose=False)}
             if self.layout == HUGGINGFACE:
-                mapped = name_map.to_paddle(prefix + name)
-            own, transpose = (mapped.name, mapped.transpose) if mapped else (name, False)
-            if own in self._origins:
-                raise CheckpointError(
-                    f"{checkpoint.path}: {name} and {self._origins[own].name} are both {own}"
-                )
-            self._origins[own] = _Origin(name, transpose)
-        self._check_transposed()
+                found = _origins(name_map, prefix, name) or found
+            for own, origin in found.items():
+                if own in self._origins:
+                    raise CheckpointError(
+                        f"{checkpoint.path}: {name} and {self._origins[own].name} are both {own}"
+                    )
+                self._origins[own] = origin
+        self._check_forms()
         self._drop_tied()
         if expected is not None:
             self.check(expected)
@@ -84,12 +86,18 @@ class CanonicalTensors:
         """Type and shape of one parameter, in PaddleNLP's layout; KeyError if unknown."""
         origin = self._origins[name]
         info = self._checkpoint.info(origin.name)
-        return TensorInfo(name, info.dtype, info.shape[::-1] if origin.transpose else info.shape)
+        shape = info.shape[::-1] if origin.transpose else info.shape
+        if origin.blocks > 1:
+            shape = (*shape[:-1], shape[-1] // origin.blocks)
+        return TensorInfo(name, info.dtype, shape)
 
     def read(self, name: str) -> Array:
         """One parameter; a transposed view where the checkpoint has it the other way round."""
         origin = self._origins[name]
         data = self._checkpoint.read(origin.name)
+        if origin.blocks > 1:
+            size = data.shape[-1] // origin.blocks
+            return data[..., origin.block * size : (origin.block + 1) * size]
         return data.T if origin.transpose else data
 
     def fingerprint(self) -> str:
@@ -127,9 +135,14 @@ class CanonicalTensors:
                 hint="does config.json belong to these weights?",
             )
 
-    def _check_transposed(self) -> None:
+    def _check_forms(self) -> None:
         for name, origin in self._origins.items():
             shape = self._checkpoint.info(origin.name).shape
+            if origin.blocks > 1 and (not shape or shape[-1] % origin.blocks):
+                raise CheckpointError(
+                    f"{self._checkpoint.path}: {origin.name} has shape {list(shape)}; "
+                    f"its last axis has to hold {origin.blocks} equal blocks, one of them {name}"
+                )
             if origin.transpose and len(shape) != 2:
                 raise CheckpointError(
                     f"{self._checkpoint.path}: {origin.name} has shape {list(shape)}; "
@@ -156,6 +169,15 @@ class CanonicalTensors:
             )
 
 
+def _origins(name_map: NameMap, prefix: str, name: str) -> dict[str, _Origin]:
+    """The parameters in one tensor of a Hugging Face checkpoint; none for an unknown name."""
+    mapped = name_map.to_paddle(prefix + name)
+    if mapped:
+        return {mapped.name: _Origin(name, mapped.transpose)}
+    parts = name_map.parts(prefix + name)
+    return {part: _Origin(name, False, k, len(parts)) for k, part in enumerate(parts)}
+
+
 def _equal(first: Array, second: Array) -> bool:
     for start in range(0, max(1, len(second)), COMPARED_ROWS):
         rows = slice(start, start + COMPARED_ROWS)
@@ -173,12 +195,29 @@ def _layout(checkpoint: Checkpoint, name_map: NameMap, names: Sequence[str]) -> 
             f"{_first(huggingface)}, and PaddleNLP's, as in {_first(paddlenlp)}"
         )
     if not huggingface and not paddlenlp:
+        if layout := _layout_by_shape(checkpoint, name_map, names):
+            return layout
         rule = name_map.rules[0]
         raise CheckpointError(
             f"{checkpoint.path} holds tensors of another kind of model: {_first(names)}; "
             f"names like {rule.huggingface} or {rule.paddle} were expected"
         )
     return HUGGINGFACE if huggingface else PADDLENLP
+
+
+def _layout_by_shape(
+    checkpoint: Checkpoint, name_map: NameMap, names: Sequence[str]
+) -> str | None:
+    """Which way round a matrix lies whose name is the same in both layouts; None when no such one is there."""
+    for name in sorted(name_map.rows.keys() & set(names)):
+        shape, rows = checkpoint.info(name).shape, name_map.rows[name]
+        if len(shape) != 2 or shape[0] == shape[1] or rows not in shape:
+            raise CheckpointError(
+                f"{checkpoint.path}: {name} has shape {list(shape)}; {rows} rows or {rows} columns were expected",
+                hint="does config.json belong to these weights?",
+            )
+        return PADDLENLP if shape[0] == rows else HUGGINGFACE
+    return None
 
 
 def _missing_prefix(checkpoint: Checkpoint, name_map: NameMap, names: Sequence[str]) -> str:
@@ -191,8 +230,7 @@ def _missing_prefix(checkpoint: Checkpoint, name_map: NameMap, names: Sequence[s
         return ""
     prefixes = {rule.huggingface.partition(".")[0] + "." for rule in name_map.rules}
     for prefix in sorted(prefixes):
-        mapped: Iterable[MappedName | None] = [name_map.to_paddle(prefix + n) for n in names]
-        if names and all(mapped):
+        if names and all(_origins(name_map, prefix, n) for n in names):
             if checkpoint.metadata.get("format") == "pt":
                 return prefix
             raise CheckpointError(

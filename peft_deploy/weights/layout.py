@@ -26,13 +26,14 @@ class HuggingFaceTensors:
         unknown = []
         for name in source.names():
             mapped = name_map.to_huggingface(name)
-            if mapped is None:
+            if mapped is None or mapped.paddle_only:
                 unknown.append(name)
             else:
                 self._origins[mapped.name] = MappedName(name, mapped.transpose)
         if unknown:
             raise CheckpointError(
-                f"tensors that have no place in Hugging Face's layout:\n{listed(unknown)}"
+                f"tensors that have no place in Hugging Face's layout:\n{listed(unknown)}",
+                hint="Hugging Face's models keep the parts of a fused weight apart",
             )
 
     def names(self) -> Sequence[str]:
