@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from peft_deploy.cli._common import common_options, emit_json, say
-
-if TYPE_CHECKING:
-    from peft_deploy.parity import ParityReport
 
 
 @click.command("validate")
@@ -25,10 +19,10 @@ if TYPE_CHECKING:
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random tokens.")
 @click.option(
     "--report",
-    "report_file",
-    type=click.Path(dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="Write every output of every case to a JSON file.",
+    "report_folder",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Write report.json, report.md, junit.xml and report.html into a folder.",
 )
 @common_options
 def validate_command(
@@ -37,7 +31,7 @@ def validate_command(
     adapter: str | None,
     provider: str,
     seed: int,
-    report_file: Path | None,
+    report_folder: Path | None,
     as_json: bool,
 ) -> None:
     """Check that a bundle computes what its base model and adapter compute in Paddle.
@@ -45,37 +39,21 @@ def validate_command(
     Exit code 7 when it does not.
     """
     from peft_deploy.cli._progress import RichProgress
-    from peft_deploy.errors import OutputError, ParityError
+    from peft_deploy.errors import ParityError
+    from peft_deploy.parity.reports import check_report_folder
+    from peft_deploy.workflows.parity_reports import save_reports
     from peft_deploy.workflows.validate import validate
 
-    if report_file is not None and not report_file.parent.is_dir():
-        raise OutputError(f"the report's folder {report_file.parent} does not exist")
+    if report_folder is not None:
+        check_report_folder(report_folder)
     with RichProgress() as progress:
         report = validate(
             bundle, base, adapter=adapter, provider=provider, seed=seed, progress=progress
         )
-    if report_file is not None:
-        write_report(report_file, report)
+    if report_folder is not None:
+        save_reports(report_folder, bundle, report)
     say(report.table())
     if as_json:
         emit_json(report.to_dict())
     if not report.passed:
         click.get_current_context().exit(ParityError.exit_code)
-
-
-def write_report(path: Path, report: ParityReport) -> None:
-    """The whole report as JSON, written beside its place and then moved there.
-
-    Raises:
-        OutputError: the file cannot be written.
-    """
-    from peft_deploy.errors import OutputError
-
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    text = json.dumps(report.to_dict(full=True), indent=2, ensure_ascii=False, allow_nan=False)
-    try:
-        temporary.write_text(text + "\n", "utf-8")
-        temporary.replace(path)
-    except OSError as exc:
-        temporary.unlink(missing_ok=True)
-        raise OutputError(f"the report {path} cannot be written: {exc.strerror}") from exc

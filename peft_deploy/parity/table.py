@@ -160,6 +160,11 @@ def _failures(report: ParityReport) -> list[str]:
     return lines
 
 
+def share_of_limit(used: float) -> str:
+    """How much of its limit an error takes up: ``40 %``, ``7.3 ×`` when it is broken."""
+    return f"{100 * used:.0f} %" if used <= 1 else f"{used:.3g} \N{MULTIPLICATION SIGN}"
+
+
 def explain_case(case: CaseResult) -> str:
     """Why a case failed, in one sentence; its worst output when it passed."""
     if case.problem is not None:

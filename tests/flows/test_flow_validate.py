@@ -100,14 +100,16 @@ def run(*arguments: object) -> tuple[int, str]:
 def test_the_command_reports_success(
     merged_bundle: Path, tiny_llama: Path, tiny_adapter: Path, tmp_path: Path
 ) -> None:
-    file = tmp_path / "report.json"
-    options = ("--base", tiny_llama, "--adapter", tiny_adapter, "--report", file, "--json")
+    folder = tmp_path / "report"
+    options = ("--base", tiny_llama, "--adapter", tiny_adapter, "--report", folder, "--json")
     code, stdout = run(merged_bundle, *options)
     assert code == 0
     assert json.loads(stdout)["passed"] is True
-    full = json.loads(file.read_text())
+    full = json.loads((folder / "report.json").read_text())
     assert full["passed"] is True and len(full["cases"][0]["outputs"]) == 5
-    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+    assert full["subject"]["name"] == "merged"
+    files = ["junit.xml", "report.html", "report.json", "report.md"]
+    assert sorted(path.name for path in folder.iterdir()) == files
 
 
 def test_the_command_exits_with_7(
@@ -122,6 +124,6 @@ def test_the_command_exits_with_7(
 def test_a_report_that_cannot_be_written_is_an_error(
     base_bundle: Path, tiny_llama: Path, tmp_path: Path
 ) -> None:
-    place = tmp_path / "missing" / "report.json"
-    code, _ = run(base_bundle, "--base", tiny_llama, "--report", place)
+    (tmp_path / "file").write_text("not a folder")
+    code, _ = run(base_bundle, "--base", tiny_llama, "--report", tmp_path / "file")
     assert code == OutputError.exit_code
