@@ -6,7 +6,7 @@ the prefix belongs to and where the positions of a text begin behind it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -191,15 +191,56 @@ def check_prefix(
             f"the layers of the prefix {what} are of {', '.join(map(str, sorted(lengths)))} tokens; "
             "all must have the same number, at least 1"
         )
-    (P,) = lengths
-    if context_length is not None and context_length <= P:
-        raise AdapterError(
-            f"the prefix {what} has {P} tokens, which leaves no room for a text: the model can see "
-            f"{context_length} tokens, prefix included"
-        )
+    _check_room(lengths.pop(), what, context_length)
     broken = [name for name, array in past.items() if not np.isfinite(array).all()]
     if broken:
         raise AdapterError(f"the prefix {what} holds NaN or infinity in:\n{listed(broken)}")
+
+
+def check_prefix_tensors(
+    tensors: Mapping[str, Array],
+    slots: Collection[str],
+    what: str,
+    context_length: int | None = None,
+) -> None:
+    """Passes when what an adapter file holds for prefix slots is a whole prefix, or nothing.
+
+    A graph would run with one that some layers lack, and compute nonsense.
+
+    Args:
+        tensors: of the file, whose shapes fit the slots.
+        slots: names of the graph's slots.
+        what: the file, for messages.
+        context_length: the most tokens that the model can see; None for no limit.
+
+    Raises:
+        AdapterError: it is not.
+    """
+    wanted = {name for name in prefix_names(len(slots)) if name in slots}
+    found = {name: array.shape[2] for name, array in tensors.items() if name in wanted}
+    if not found:
+        if PREFIX_OFFSET in tensors:
+            raise AdapterError(f"{what} moves positions, and holds no prefix")
+        return
+    if missing := wanted - found.keys():
+        raise AdapterError(
+            f"{what} holds a prefix for some layers only; missing:\n{listed(missing)}"
+        )
+    lengths = set(found.values())
+    if len(lengths) > 1 or 0 in lengths:
+        raise AdapterError(
+            f"the layers of the prefix in {what} are of {', '.join(map(str, sorted(lengths)))} tokens; "
+            "all must have the same number, at least 1"
+        )
+    _check_room(lengths.pop(), what, context_length)
+
+
+def _check_room(tokens: int, what: str, context_length: int | None) -> None:
+    if context_length is not None and context_length <= tokens:
+        raise AdapterError(
+            f"the prefix {what} has {tokens} tokens, which leaves no room for a text: the model can see "
+            f"{context_length} tokens, prefix included"
+        )
 
 
 def _fits(array: Array, spec: TensorSpec) -> bool:

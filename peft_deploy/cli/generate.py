@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 )
 @click.option("--chat", is_flag=True, help="Put the prompts into the model's chat template.")
 @click.option("--system", metavar="TEXT", help="With --chat: the system's message.")
+@click.option("--prefix", metavar="NAME", help="Begin after this prefix of the bundle, or a file.")
 @click.option("--max-new-tokens", type=int, default=128, show_default=True, metavar="N")
 @click.option(
     "--temperature",
@@ -50,6 +51,7 @@ def generate_command(
     prompt_file: TextIO | None,
     chat: bool,
     system: str | None,
+    prefix: str | None,
     max_new_tokens: int,
     temperature: float,
     top_k: int,
@@ -80,6 +82,7 @@ def generate_command(
         top_k=top_k,
         top_p=top_p,
         seed=seed,
+        prefix=prefix,
     )
     if as_json:
         _print_json(texts, _finish(run, screen))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
 
@@ -14,12 +15,12 @@ from peft_deploy.runtime.generation import Generation, GenerationOptions
 from peft_deploy.runtime.onnx_runner import OnnxRunner
 from peft_deploy.runtime.opening import open_runner
 from peft_deploy.runtime.paddle_runner import PaddleRunner
-from peft_deploy.runtime.runner import Array
+from peft_deploy.runtime.prefix_shelf import AnyPrefix, PrefixShelf
 from peft_deploy.runtime.sampling import Sampling
+from peft_deploy.runtime.session import Session
 from peft_deploy.runtime.text_generation import TextRun, encode_prompts
 from peft_deploy.text.padding import Side
 from peft_deploy.text.tokenizer import TOKENIZER, Tokenizer
-
 
 
 class LoadedBundle:
@@ -47,6 +48,22 @@ class LoadedBundle:
         self.runner = runner
         self.context_length = context_length
         self._tokenizer = tokenizer
+        self._prefixes = PrefixShelf(folder, manifest)
+
+    @cached_property
+    def session(self) -> Session:
+        """The same graph with adapters that are loaded and unloaded.
+
+        Raises:
+            BundleError: the bundle is in Paddle's static format, which has no slots for adapters.
+        """
+        runner = self.runner if isinstance(self.runner, OnnxRunner) else None
+        return Session(self.folder, runner=runner)
+
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        """Names of the prefixes that the bundle has."""
+        return self._prefixes.names
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -95,7 +112,9 @@ class LoadedBundle:
         top_p: float = 1.0,
         seed: int | None = None,
         padding: Side = "left",
-        prefix: Mapping[str, Array] | None = None,
+        adapter: str | Path | None = None,
+        scale: float = 1.0,
+        prefix: AnyPrefix | None = None,
     ) -> TextRun:
         """A generation to iterate over for the text as it comes.
 
@@ -109,16 +128,23 @@ class LoadedBundle:
             top_p: draw from the most likely tokens that together reach p; 1 means all.
             seed: makes the draws repeatable.
             padding: the side on which shorter prompts are filled up.
-            prefix: cache input → [1, K, P, D], a prefix that every prompt begins after.
+            adapter: a name from the bundle's manifest, an ``.onnx_adapter`` file, or the name of one
+                that :attr:`session` has loaded; it is loaded when it is first used.
+            scale: multiplies what the adapter adds.
+            prefix: what every prompt begins after: the name of one of the bundle's prefixes, a file, or cache
+                input → [1, K, P, D].
 
         Raises:
+            AdapterError: there is no such adapter, or it does not fit the graph.
             ConfigError: an option outside its range, an empty prompt, or one that is too long.
             BundleError: the bundle has no tokenizer.
+            AdapterError: there is no such prefix, or it is damaged or not of this model.
             ExecutionError: the graph does not run, or cannot generate.
         """
         if system is not None and not chat:
             raise ConfigError("a system message needs the chat template", hint="add chat (--chat)")
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        runner = self._runner_with(adapter, scale)
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
         options = GenerationOptions(
             max_new_tokens=max_new_tokens,
@@ -126,10 +152,25 @@ class LoadedBundle:
             stop_ids=self.tokenizer.eos_ids,
             pad_id=self.tokenizer.pad_id,
             padding=padding,
-            context_length=self.context_length,
+            context_length=self._context_length(adapter, prefix),
         )
         rows = encode_prompts(self.tokenizer, texts, chat=chat, system=system)
-        return TextRun(self.runner, self.tokenizer, rows, options, prefix)
+        return TextRun(runner, self.tokenizer, rows, options, self._prefixes.find(prefix))
+
+    def _context_length(self, adapter: str | Path | None, prefix: AnyPrefix | None) -> int | None:
+        """What is left behind a prefix that an adapter puts into slots."""
+        if adapter is None or self.context_length is None:
+            return self.context_length
+        return self.context_length - self.session.prefix_in_slots(str(adapter), prefix)
+
+    def _runner_with(self, adapter: str | Path | None, scale: float) -> OnnxRunner | PaddleRunner:
+        if adapter is None:
+            if scale != 1:
+                raise ConfigError(f"the scale {scale:g} is that of an adapter, and none was named")
+            return self.runner
+        if str(adapter) not in self.session.adapters:
+            self.session.load_adapter(adapter, str(adapter))
+        return self.session.runner(str(adapter), scale=scale)
 
 
 def load_bundle(

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from peft_deploy.adapters.formats.onnx_file import UNKNOWN_BASE, model_version, read_onnx_file
+from peft_deploy.bundle.prefixes import check_prefix_tensors
 from peft_deploy.bundle.slots import Slot, check_slots
 from peft_deploy.errors import AdapterError, ConfigError
 from peft_deploy.runtime._ort_values import to_ort
 from peft_deploy.runtime.runner import Array
-from peft_deploy.signature import LORA_B
+from peft_deploy.signature import LORA_B, PREFIX_KEY_TEMPLATE
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -42,6 +43,8 @@ class LoadedAdapter:
         self.path = path
         self.slots = frozenset(tensors)
         self.rank = max((a.shape[0] for n, a in tensors.items() if n.endswith(LORA_B)), default=0)
+        keys = (a for n, a in tensors.items() if n == PREFIX_KEY_TEMPLATE % 0)
+        self.prefix_tokens = next((int(array.shape[2]) for array in keys), 0)
         self._device = device
         self._B = {name: array for name, array in tensors.items() if name.endswith(LORA_B)}
         self._values = {name: to_ort(array, device) for name, array in tensors.items()}
@@ -82,7 +85,13 @@ class LoadedAdapter:
 
 
 def read_for_slots(
-    path: Path, name: str, slots: Mapping[str, Slot], bundle: Path, fingerprint: str, device: str
+    path: Path,
+    name: str,
+    slots: Mapping[str, Slot],
+    bundle: Path,
+    fingerprint: str,
+    device: str,
+    context_length: int | None = None,
 ) -> LoadedAdapter:
     """Reads an ``.onnx_adapter`` file for the slots of a bundle's graph; everything about it is checked here.
 
@@ -93,10 +102,11 @@ def read_for_slots(
         bundle: for messages.
         fingerprint: of the bundle's base model.
         device: ``"cpu"`` or ``"cuda"``.
+        context_length: the most tokens that the model can see, a prefix included; None for no limit.
 
     Raises:
-        AdapterError: no such file, a damaged one, one for another base model, or tensors that the graph has no
-            slots for or slots of another type or shape.
+        AdapterError: no such file, a damaged one, one for another base model, tensors that the graph has no
+            slots for or slots of another type or shape, or a prefix that is not whole or too long.
     """
     file = read_onnx_file(path)
     if not slots:
@@ -114,4 +124,5 @@ def read_for_slots(
             hint="convert it for this bundle's base: peft-deploy adapter convert … --to onnx --for BUNDLE",
         )
     check_slots(slots, file.tensors, bundle)
+    check_prefix_tensors(file.tensors, slots, str(path), context_length)
     return LoadedAdapter(name, path, file.tensors, device)

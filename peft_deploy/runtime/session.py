@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from peft_deploy.bundle.adapter_files import adapter_path
 from peft_deploy.bundle.manifest import Manifest
 from peft_deploy.bundle.prefixes import Prefix
 from peft_deploy.bundle.slots import Slot
-from peft_deploy.errors import AdapterError, ExecutionError
+from peft_deploy.errors import AdapterError, BundleError, ExecutionError
 from peft_deploy.runtime.caching import initial_cache
 from peft_deploy.runtime.generation import Generation, GenerationOptions, generate
 from peft_deploy.runtime.loaded_adapter import LoadedAdapter, read_for_slots
 from peft_deploy.runtime.onnx_runner import OnnxRunner
+from peft_deploy.runtime.opening import open_runner
+from peft_deploy.runtime.prefix_shelf import AnyPrefix, PrefixShelf
 from peft_deploy.runtime.runner import Array
 from peft_deploy.signature import INPUT_IDS, GraphSignature
 
 Adapters = str | Sequence[str] | None
-AnyPrefix = Prefix | Mapping[str, Array] | None
 
 
 class Session:
@@ -33,6 +35,7 @@ class Session:
         bundle: the bundle's folder.
         provider: ``"cpu"`` or ``"cuda"``.
         threads: threads within one operator; None leaves it to onnxruntime (all cores).
+        runner: of this bundle, where it is open already; provider and threads are then its own.
 
     Raises:
         MissingExtraError: onnxruntime is not installed.
@@ -46,14 +49,18 @@ class Session:
     """
 
     def __init__(
-        self, bundle: Path | str, *, provider: str = "cpu", threads: int | None = None
+        self,
+        bundle: Path | str,
+        *,
+        provider: str = "cpu",
+        threads: int | None = None,
+        runner: OnnxRunner | None = None,
     ) -> None:
         self.folder = Path(bundle)
         self.manifest = Manifest.read(self.folder)
-        self._base = OnnxRunner(
-            self.folder, self.manifest.signature, provider=provider, threads=threads
-        )
+        self._base = runner or _open(self.folder, self.manifest, provider, threads)
         self._slots = self._base.slots
+        self._prefixes = PrefixShelf(self.folder, self.manifest)
         self._loaded: dict[str, LoadedAdapter] = {}
         self._lock = threading.Lock()
 
@@ -72,6 +79,11 @@ class Session:
         """Names of the adapters that are loaded, in the order in which they came."""
         with self._lock:
             return tuple(self._loaded)
+
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        """Names of the bundle's prefixes, which requests may use without loading them."""
+        return self._prefixes.names
 
     def load_adapter(self, adapter: str | Path, name: str | None = None) -> str:
         """Makes an adapter ready for use; whatever is wrong with it is found here.
@@ -94,7 +106,13 @@ class Session:
         self._check_free(name)
         fingerprint = str(self.manifest.base.get("fingerprint") or "")
         read = read_for_slots(
-            path, name, self._slots, self.folder, fingerprint, self._base.provider
+            path,
+            name,
+            self._slots,
+            self.folder,
+            fingerprint,
+            self._base.provider,
+            self.manifest.context_length,
         )
         with self._lock:
             if name in self._loaded:  # another thread was faster
@@ -141,7 +159,7 @@ class Session:
         outputs: Sequence[str] | None = None,
         *,
         adapter: Adapters = None,
-        prefix: Mapping[str, Array] | None = None,
+        prefix: AnyPrefix | None = None,
         scale: float = 1.0,
     ) -> dict[str, Array]:
         """The named outputs (all when None) of one call.
@@ -150,19 +168,23 @@ class Session:
             feeds: the graph's inputs; the cache may be left out, and is then empty or the prefix.
             outputs: names of outputs.
             adapter: as for :meth:`runner`.
-            prefix: cache input → [1, K, P, D] for every row; the mask in ``feeds`` has to count it.
+            prefix: the name of one of the bundle's, a file, or cache input → [1, K, P, D]; the mask in ``feeds``
+                has to count it, and the positions where the prefix moves them.
             scale: as for :meth:`runner`.
 
         Raises:
             AdapterError: as :meth:`runner`.
             ExecutionError: the inputs do not fit the signature, or onnxruntime failed.
         """
+        found = self._prefixes.find(prefix)
+        rows = found.past if isinstance(found, Prefix) else found
         past = [spec.name for spec in self.signature.past]
         if past and not any(name in feeds for name in past):
-            arrays = initial_cache(self.signature, len(feeds[INPUT_IDS]), prefix)
+            arrays = initial_cache(self.signature, len(feeds[INPUT_IDS]), rows)
             feeds = {**feeds, **dict(zip(past, arrays, strict=True))}
         elif prefix is not None:
             raise ExecutionError("a prefix stands in place of the cache, and both were given")
+        self.prefix_in_slots(adapter, prefix)
         return self.runner(adapter, scale=scale).run(feeds, outputs)
 
     def generate(
@@ -171,7 +193,7 @@ class Session:
         options: GenerationOptions,
         *,
         adapter: Adapters = None,
-        prefix: AnyPrefix = None,
+        prefix: AnyPrefix | None = None,
         scale: float = 1.0,
     ) -> list[Generation]:
         """What the model says after each prompt of token ids, in one padded batch.
@@ -180,18 +202,47 @@ class Session:
             prompts: token ids of each row.
             options: how.
             adapter: as for :meth:`runner`.
-            prefix: what every row begins after.
+            prefix: what every row begins after: the name of one of the bundle's, a file, or cache input →
+                [1, K, P, D].
             scale: as for :meth:`runner`.
 
         Raises:
             AdapterError: as :meth:`runner`.
             ConfigError, ExecutionError: as :class:`~peft_deploy.runtime.generation.GenerationRun`.
         """
-        return generate(self.runner(adapter, scale=scale), prompts, options, prefix)
+        in_slots = self.prefix_in_slots(adapter, prefix)
+        if options.context_length is not None and in_slots:
+            options = replace(options, context_length=options.context_length - in_slots)
+        runner = self.runner(adapter, scale=scale)
+        return generate(runner, prompts, options, self._prefixes.find(prefix))
+
+    def prefix_in_slots(self, adapter: Adapters, prefix: AnyPrefix | None = None) -> int:
+        """How many tokens of a prefix the adapters put into slots.
+
+        Args:
+            adapter: names of adapters that are loaded.
+            prefix: that is to be used beside them, if any.
+
+        Raises:
+            AdapterError: there is another prefix beside it.
+        """
+        names = [] if adapter is None else [adapter] if isinstance(adapter, str) else adapter
+        with self._lock:
+            tokens = sum(self._loaded[n].prefix_tokens for n in names if n in self._loaded)
+        if tokens and prefix is not None:
+            raise AdapterError(
+                f"a prefix was given, and {', '.join(names)} puts one into the graph's slots",
+                hint="leave one of the two out",
+            )
+        return tokens
 
     def _find(self, adapter: str | Path) -> Path:
         """The file of an adapter that was named or whose path was given."""
-        own = [str(a["name"]) for a in self.manifest.adapters if a.get("mode") == "runtime"]
+        own = [
+            str(a["name"])
+            for a in self.manifest.adapters
+            if a["mode"] == "runtime" or a.get("slots") is True
+        ]
         if isinstance(adapter, str) and adapter in own:
             return adapter_path(self.folder, adapter)
         path = Path(adapter).expanduser()
@@ -214,6 +265,16 @@ class Session:
             f"no adapter {name!r} is loaded",
             hint=f"there is {known}" if known else "load_adapter() it first",
         )
+
+
+def _open(folder: Path, manifest: Manifest, provider: str, threads: int | None) -> OnnxRunner:
+    runner = open_runner(folder, manifest.signature, provider=provider, threads=threads)
+    if not isinstance(runner, OnnxRunner):
+        raise BundleError(
+            f"{folder} is in Paddle's static format, which has no slots for adapters",
+            hint="load_bundle() runs it as it is; export it with --format onnx for adapters",
+        )
+    return runner
 
 
 def _taken(name: str) -> AdapterError:
