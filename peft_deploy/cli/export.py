@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from peft_deploy.cli._common import common_options, emit_json, say
-from peft_deploy.config.export import DEFAULT_OPSET, FORMATS, ONNX
+from peft_deploy.config.export import ALL_LINEAR, DEFAULT_OPSET, FORMATS, ONNX, RUNTIME
 
 if TYPE_CHECKING:
     from peft_deploy.workflows.export import ExportResult
@@ -18,8 +18,30 @@ if TYPE_CHECKING:
 @click.option(
     "--base", required=True, help="Base model: a folder, or a name that PaddleNLP can download."
 )
-@click.option("--adapter", metavar="[NAME=]DIR", help="LoRA adapter to export with it.")
-@click.option("--merge", is_flag=True, help="Merge the adapter into the weights.")
+@click.option(
+    "--adapter",
+    "adapter_folders",
+    multiple=True,
+    metavar="[NAME=]DIR",
+    help="LoRA or prefix adapter to export with it; repeatable.",
+)
+@click.option("--merge", is_flag=True, help="Merge the LoRA adapter into the weights.")
+@click.option(
+    "--adapters",
+    type=click.Choice([RUNTIME]),
+    help="Keep LoRA adapters apart from the weights, to be chosen at run time.",
+)
+@click.option(
+    "--slots",
+    metavar=f"{ALL_LINEAR}|REGEX",
+    help="With --adapters runtime: further linear layers that adapters can change.",
+)
+@click.option(
+    "--slot-rank",
+    type=int,
+    metavar="R",
+    help="One rank for all slots, for runtimes that take no empty tensors.",
+)
 @click.option(
     "--output", required=True, type=click.Path(path_type=Path), help="The bundle's folder."
 )
@@ -40,8 +62,11 @@ if TYPE_CHECKING:
 @common_options
 def export_command(
     base: str,
-    adapter: str | None,
+    adapter_folders: tuple[str, ...],
     merge: bool,
+    adapters: str | None,
+    slots: str | None,
+    slot_rank: int | None,
     output: Path,
     format: str,
     opset: int,
@@ -51,7 +76,7 @@ def export_command(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Make a bundle of a base model and the LoRA adapter trained on it: ONNX, or Paddle's static format.
+    """Make a bundle of a base model and the adapters trained on it: ONNX, or Paddle's static format.
 
     The bundle is checked against the model in Paddle's dynamic graph before it is put in place.
     """
@@ -60,12 +85,20 @@ def export_command(
     from peft_deploy.errors import ConfigError, ParityError
     from peft_deploy.workflows.export import export
 
-    if merge and adapter is None:
+    if merge and adapters is not None:
+        raise ConfigError(
+            f"--merge folds an adapter into the weights and --adapters {adapters} keeps it apart",
+            hint="give one of the two",
+        )
+    if merge and not adapter_folders:
         raise ConfigError(
             "--merge says what to do with an adapter, and none was given", hint="add --adapter DIR"
         )
     options = ExportOptions(
         merge=merge,
+        adapters=adapters,
+        slots=slots,
+        slot_rank=slot_rank,
         format=format,
         opset=opset,
         validate=not no_validate,
@@ -75,7 +108,9 @@ def export_command(
     )
     try:
         with RichProgress() as progress:
-            result = export(base, output, adapter=adapter, options=options, progress=progress)
+            result = export(
+                base, output, adapter=adapter_folders, options=options, progress=progress
+            )
     except ParityError as exc:
         if exc.report is not None:
             say(exc.report.table())

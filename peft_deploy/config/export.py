@@ -8,6 +8,8 @@ from peft_deploy.errors import ConfigError
 
 ONNX, PADDLE = "onnx", "paddle"
 FORMATS = (ONNX, PADDLE)
+RUNTIME = "runtime"
+ALL_LINEAR = "all-linear"
 DEFAULT_OPSET = 17
 # Paddle2ONNX aborts above 21; below 13 Unsqueeze and Split have another form than its translators emit here.
 OPSETS = range(13, 22)
@@ -19,6 +21,12 @@ class ExportOptions:
 
     Args:
         merge: fold the adapter into the base model's weights.
+        adapters: ``"runtime"`` keeps LoRA adapters apart from the weights, in files that fill slots of the graph;
+            ``merge`` then means nothing.
+        slots: which linear layers get slots beside those that the adapters change: ``"all-linear"`` for every one
+            in the model's layers, or a regular expression for their names. None means no others, and all of them
+            where no adapter is given.
+        slot_rank: the one rank of all slots, for runtimes that take no empty tensors; None leaves it open.
         format: ``"onnx"``, or ``"paddle"`` for Paddle's static format (``model.json``, ``model.pdiparams``).
         opset: version of the default ONNX operator set; not used for Paddle's format.
         prefix_slots: give the graph inputs for a prefix with an empty default, so that a prefix can be an
@@ -33,6 +41,9 @@ class ExportOptions:
     """
 
     merge: bool = True
+    adapters: str | None = None
+    slots: str | None = None
+    slot_rank: int | None = None
     format: str = ONNX
     opset: int = DEFAULT_OPSET
     prefix_slots: bool = False
@@ -41,7 +52,13 @@ class ExportOptions:
     keep_failed: bool = False
     dry_run: bool = False
 
+    @property
+    def keeps_adapters(self) -> bool:
+        """Whether LoRA adapters stay apart from the weights."""
+        return self.adapters == RUNTIME
+
     def __post_init__(self) -> None:
+        self._check_slots()
         if self.format not in FORMATS:
             raise ConfigError(
                 f"format {self.format!r} is unknown; it can be {' or '.join(FORMATS)}"
@@ -63,3 +80,24 @@ class ExportOptions:
             )
         if self.keep_failed and not self.validate:
             raise ConfigError("--keep-failed needs the check that --no-validate leaves out")
+
+    def _check_slots(self) -> None:
+        if self.adapters not in (None, RUNTIME):
+            raise ConfigError(
+                f"adapters {self.adapters!r} is unknown; it can be {RUNTIME!r}",
+                hint="to fold an adapter into the weights, ask for merge (--merge)",
+            )
+        if self.keeps_adapters and self.format == PADDLE:
+            raise ConfigError(
+                "adapters fill inputs with a default, which Paddle's static format does not have",
+                hint="use --merge, or --format onnx",
+            )
+        if not self.keeps_adapters and (self.slots is not None or self.slot_rank is not None):
+            raise ConfigError(
+                "slots are for adapters that are kept apart from the weights",
+                hint="add --adapters runtime",
+            )
+        if self.slot_rank is not None and self.slot_rank < 1:
+            raise ConfigError(
+                f"slots of rank {self.slot_rank} were asked for; it must be at least 1"
+            )

@@ -22,6 +22,7 @@ from peft_deploy.convert import ConversionJob
 from peft_deploy.errors import CheckpointError
 from peft_deploy.text import Tokenizer
 from peft_deploy.workflows.description import describe
+from peft_deploy.workflows.kept_adapters import select_layers, write_kept
 from peft_deploy.workflows.phase_clock import PhaseClock
 from peft_deploy.workflows.prefixes import write_prefixes
 from peft_deploy.workflows.sources import EXPORT_DTYPE, ExportSource
@@ -59,6 +60,7 @@ def fill_bundle(
         source.check(converted.shapes)
         graph = _finish(converted, source, file, options)
     _write_configs(folder, source, generation, options.format)
+    write_kept(folder, source, graph, fingerprint)
     signature = source.family.signature(source.config, EXPORT_DTYPE)
     slots = options.prefix_slots
     write_prefixes(folder, source.prefixes, signature, fingerprint, slots=slots)
@@ -90,8 +92,16 @@ def _finish(
     # Here and not above: onnx-ir takes most of a second to import, which the child has better use for.
     from peft_deploy.workflows.graph import finish_graph
 
-    path, slots = file.path.with_name(MODEL), options.prefix_slots
-    return finish_graph(converted, source, file, options.opset, path, prefix_slots=slots)
+    return finish_graph(
+        converted,
+        source,
+        file,
+        options.opset,
+        file.path.with_name(MODEL),
+        lora_slots=select_layers(source, options) if options.keeps_adapters else None,
+        slot_rank=options.slot_rank,
+        prefix_slots=options.prefix_slots,
+    )
 
 
 def _read_companions(source: ExportSource) -> dict[str, Any] | None:

@@ -7,8 +7,8 @@ from importlib.metadata import distributions
 from typing import TYPE_CHECKING, Any
 
 from peft_deploy.bundle import Manifest
-from peft_deploy.config.export import ONNX, ExportOptions
-from peft_deploy.workflows.sources import EXPORT_DTYPE, ExportSource
+from peft_deploy.config.export import ONNX, RUNTIME, ExportOptions
+from peft_deploy.workflows.sources import EXPORT_DTYPE, ExportSource, NamedAdapter
 
 if TYPE_CHECKING:
     from peft_deploy.convert import ConvertedGraph, StaticProgram
@@ -47,7 +47,8 @@ def describe(
         context_length=source.family.dims(source.config).max_positions,
         base={"name": source.name, "layout": source.layout, "fingerprint": fingerprint},
         adapters=[
-            *([_adapter_entry(source)] if source.adapter else []),
+            *([_adapter_entry(source.adapter, "merged")] if source.adapter else []),
+            *(_adapter_entry(named, RUNTIME) for named in source.kept),
             *(named.entry(slots=options.prefix_slots) for named in source.prefixes),
         ],
         files=hashes,
@@ -55,13 +56,12 @@ def describe(
     )
 
 
-def _adapter_entry(source: ExportSource) -> dict[str, Any]:
-    assert source.adapter is not None
-    adapter = source.adapter.adapter
+def _adapter_entry(named: NamedAdapter, mode: str) -> dict[str, Any]:
+    adapter = named.adapter
     return {
-        "name": source.adapter.name,
+        "name": named.name,
         "method": "lora",
-        "mode": "merged",
+        "mode": mode,
         "rank": adapter.config.r,
         "scaling": adapter.config.scaling,
         "targets": sorted(adapter.pairs),
@@ -82,15 +82,16 @@ def plan_lines(source: ExportSource, tensors: TensorSource) -> list[str]:
         f"base model {source.name}: {source.family.paddle_model(source.config)}, {len(tensors.names())} tensors, "
         f"{source.layout} layout"
     ]
-    if source.adapter:
-        adapter = source.adapter.adapter
+    for named in (*([source.adapter] if source.adapter else []), *source.kept):
+        adapter = named.adapter
+        kept = ", kept apart from the weights" if named in source.kept else ""
         plan.append(
-            f"adapter {source.adapter.name}: LoRA of rank {adapter.config.r} on {len(adapter.pairs)} layers, "
+            f"adapter {named.name}{kept}: LoRA of rank {adapter.config.r} on {len(adapter.pairs)} layers, "
             f"{len(adapter.replacements)} replaced tensors; it fits the base model"
         )
     plan += [
-        f"prefix {named.name}: {named.prefix.num_tokens} tokens; it fits the base model"
-        for named in source.prefixes
+        f"prefix {prefix.name}: {prefix.prefix.num_tokens} tokens; it fits the base model"
+        for prefix in source.prefixes
     ]
     plan.append(f"the bundle would hold {total / 1e6:,.0f} MB of {EXPORT_DTYPE} weights")
     return plan

@@ -17,6 +17,7 @@ from peft_deploy.errors import ConfigError, ParityError
 from peft_deploy.progress import Progress, Silent
 from peft_deploy.workflows.contents import fill_bundle
 from peft_deploy.workflows.description import plan_lines
+from peft_deploy.workflows.kept_adapters import check_keepable
 from peft_deploy.workflows.phase_clock import PhaseClock
 from peft_deploy.workflows.prefixes import is_prefix
 from peft_deploy.workflows.sources import (
@@ -70,7 +71,7 @@ def export(
             memory, which is left as it was.
         output: the bundle's folder.
         adapter: the adapter's folder, or ``NAME=FOLDER``, or several: LoRA and prefixes; not for a model in memory,
-            which brings its own.
+            which brings its own. More than one LoRA adapter needs ``ExportOptions(adapters="runtime")``.
         tokenizer: a folder with tokenizer files; for a model in memory.
         options: how; defaults are those of the command line.
         progress: is told about every phase.
@@ -89,7 +90,7 @@ def export(
     base = open_base(base) if isinstance(base, str | Path) else base
     _check_combination(base, adapter, options)
     if options.dry_run:
-        source = _source(base, adapter, tokenizer)
+        source = _source(base, adapter, tokenizer, options)
         plan = plan_lines(source, source.merged(EXPORT_DTYPE))
         return ExportResult(output, None, None, clock.done(), _peak(), plan)
     with ExitStack() as stack:
@@ -97,7 +98,7 @@ def export(
         early = isinstance(base, BaseModel)
         if early:
             job = stack.enter_context(ConversionJob(base.config, options.opset, options.format))
-        source = _source(base, adapter, tokenizer)
+        source = _source(base, adapter, tokenizer, options)
         if not early:
             job = stack.enter_context(ConversionJob(source.config, options.opset, options.format))
         folder = stack.enter_context(BundleFolder(output, force=options.force))
@@ -123,32 +124,45 @@ def _check_combination(
         raise ConfigError(
             "a model in memory brings its own adapter; give a folder as base to add one"
         )
-    if not options.merge and any(not is_prefix(text) for text in given):
+    placed = options.merge or options.keeps_adapters
+    if not placed and any(not is_prefix(text) for text in given):
         raise ConfigError(
-            "an adapter was given without saying what to do with it", hint="add --merge"
+            "an adapter was given without saying what to do with it",
+            hint="add --merge, or --adapters runtime to keep it apart from the weights",
         )
 
 
 def _source(
-    base: BaseModel | nn.Layer, adapter: Adapters, tokenizer: str | Path | None
+    base: BaseModel | nn.Layer,
+    adapter: Adapters,
+    tokenizer: str | Path | None,
+    options: ExportOptions,
 ) -> ExportSource:
+    keep = options.keeps_adapters
     if isinstance(base, BaseModel):
-        return from_folders(base, adapter)
-    from peft_deploy.workflows.in_memory import from_memory
+        source = from_folders(base, adapter, keep=keep)
+    else:
+        from peft_deploy.workflows.in_memory import from_memory
 
-    return from_memory(base, None if tokenizer is None else Path(tokenizer))
+        source = from_memory(base, None if tokenizer is None else Path(tokenizer), keep=keep)
+    for named in source.kept:
+        check_keepable(named.adapter, source)
+    return source
 
 
 def _validate(
     folder: BundleFolder, source: ExportSource, manifest: Manifest, clock: PhaseClock
 ) -> tuple[Manifest, ParityReport]:
     clock.phase("Preparing the check")
+    from peft_deploy.workflows.check_adapters import check_adapters
     from peft_deploy.workflows.check_prefixes import check_prefixes
     from peft_deploy.workflows.validate import check_bundle
 
     reference = source.load_reference(clock)
     report = check_bundle(folder.path, reference, source.family, source.config, progress=clock)
     report = check_prefixes(report, folder.path, reference, source, progress=clock)
+    del reference  # the check of an adapter loads a model of its own
+    report = check_adapters(report, folder.path, source, progress=clock)
     manifest = replace(manifest, parity=report.to_dict())
     folder.seal(manifest)
     return manifest, report

@@ -15,6 +15,7 @@ from peft_deploy.convert import (
     check_graph,
     run_pipeline,
 )
+from peft_deploy.convert.lora_slots import AddLoraSlotsPass, Selection
 from peft_deploy.convert.prefix_slots import AddPrefixSlotsPass, slot_specs
 from peft_deploy.convert.weight_file import add_tables
 from peft_deploy.families import NameMap
@@ -28,6 +29,8 @@ def finish_graph(
     opset: int,
     path: Path,
     *,
+    lora_slots: Selection | None = None,
+    slot_rank: int | None = None,
     prefix_slots: bool = False,
 ) -> dict[str, Any]:
     """Cleans a graph up, joins it with its weights, checks it and writes it.
@@ -38,11 +41,14 @@ def finish_graph(
         file: holds the model's weights; gets the stand-in's tables.
         opset: what was asked for.
         path: where the graph goes, beside the file.
+        lora_slots: which linear layers get slots for LoRA, if any are to have them.
+        slot_rank: rank of those slots; None leaves it open.
         prefix_slots: add slots for a prefix.
 
     Returns:
         What the manifest says of it: ``operators``, how often each appears, ``removed``, how many nodes each
-        pass took away, and ``prefix_slots``, the names of those where there are any.
+        pass took away, and where there are any, ``lora_slots``
+        (see :class:`~peft_deploy.convert.lora_slots.LoraSlots`) and ``prefix_slots``, their names.
 
     Raises:
         ConversionError: the graph is not what it should be.
@@ -54,6 +60,12 @@ def finish_graph(
     bind_weights(converted, file, lambda parameter: _initializer(names, parameter))
     facts: dict[str, Any] = {"removed": removed}
     slots: list[str] = []
+    if lora_slots is not None:
+        adding = AddLoraSlotsPass(lora_slots, file, slot_rank)
+        adding(converted.model)
+        assert adding.added is not None  # the pass has run
+        facts["lora_slots"] = adding.added.to_dict()
+        slots += adding.added.names
     if prefix_slots:
         AddPrefixSlotsPass(signature)(converted.model)
         facts["prefix_slots"] = [spec.name for spec in slot_specs(signature)]

@@ -15,7 +15,6 @@ from peft_deploy.base.dygraph import unique_parameters
 from peft_deploy.base.folder import companions_in
 from peft_deploy.errors import AdapterError, ConfigError
 from peft_deploy.families import find_family
-from peft_deploy.progress import Progress
 from peft_deploy.weights import Array, TensorInfo, fingerprint
 from peft_deploy.workflows.sources import ExportSource, NamedAdapter
 
@@ -56,12 +55,13 @@ class MemoryTensors:
         return self._read(name, self._parameters[name])
 
 
-def from_memory(model: nn.Layer, tokenizer: Path | None) -> ExportSource:
+def from_memory(model: nn.Layer, tokenizer: Path | None, *, keep: bool = False) -> ExportSource:
     """A PaddleNLP model or a LoRA model around one; it is only read.
 
     Args:
         model: of a registered family.
         tokenizer: a folder with tokenizer files for the bundle.
+        keep: keep the LoRA model's adapter apart from the weights.
 
     Raises:
         ConfigError: the model has no PaddleNLP configuration.
@@ -87,12 +87,17 @@ def from_memory(model: nn.Layer, tokenizer: Path | None) -> ExportSource:
     if tokenizer is not None and not tokenizer.is_dir():
         raise ConfigError(f"the tokenizer folder {tokenizer} does not exist")
 
-    def load_reference(_progress: Progress) -> nn.Layer:
-        if adapted is None or not adapted.merged:
+    named = None if adapted is None else NamedAdapter("default", adapter_of(adapted))
+
+    def load(active: NamedAdapter | None) -> nn.Layer:
+        if adapted is None or (active is not None and not adapted.merged):
             return model
         twin = copy.deepcopy(adapted)
         twin.unmerge()
-        return twin
+        if active is not None:
+            return twin
+        twin.disable_lora()
+        return twin.model
 
     return ExportSource(
         name=type(inner).__name__,
@@ -101,9 +106,11 @@ def from_memory(model: nn.Layer, tokenizer: Path | None) -> ExportSource:
         tensors=tensors,
         layout="memory",
         fingerprint=lambda: fingerprint(tensors),
-        adapter=None if adapted is None else NamedAdapter("default", adapter_of(adapted)),
+        adapter=None if keep else named,
         check=lambda _expected: None,  # they are the model's own
-        load_reference=load_reference,
+        load_reference=lambda _progress: load(None if keep else named),
+        load_adapted=lambda _progress, active: load(active),
+        kept=(named,) if keep and named is not None else (),
         companions=[] if tokenizer is None else companions_in(tokenizer),
     )
 

@@ -50,7 +50,10 @@ class ExportSource:
         companions: tokenizer and generation files that go into the bundle.
         prefixes: that the bundle gets beside its weights.
         check: fails when the weights are not those of a model with these parameters and shapes.
-        load_reference: gives the model in the dynamic graph, adapter active and not merged.
+        load_reference: gives the model in the dynamic graph, the adapter that is merged active and not merged;
+            none of those that are kept.
+        load_adapted: gives it with one of those that are kept active.
+        kept: LoRA adapters that stay apart from the weights.
     """
 
     name: str
@@ -62,8 +65,10 @@ class ExportSource:
     adapter: NamedAdapter | None
     check: Callable[[Mapping[str, tuple[int, ...]]], None]
     load_reference: Callable[[Progress], nn.Layer]
+    load_adapted: Callable[[Progress, NamedAdapter], nn.Layer]
     companions: list[Path] = field(default_factory=list)
     prefixes: tuple[NamedPrefix, ...] = ()
+    kept: tuple[NamedAdapter, ...] = ()
 
     def merged(self, dtype: str) -> TensorSource:
         """The weights of the bundle, computed as they are read.
@@ -76,13 +81,16 @@ class ExportSource:
         return self.adapter.adapter.merge_into(self.tensors, dtype)
 
 
-def from_folders(base: str | Path | BaseModel, adapter: Adapters) -> ExportSource:
+def from_folders(
+    base: str | Path | BaseModel, adapter: Adapters, *, keep: bool = False
+) -> ExportSource:
     """A base model and adapters on disk.
 
     Args:
         base: the base model's folder, or a name that PaddleNLP can download.
-        adapter: the adapter's folder, ``NAME=FOLDER`` to name it in the bundle, or several of them, of which one can
-            be LoRA and the others prefixes; none to export the base alone.
+        adapter: the adapter's folder, ``NAME=FOLDER`` to name it in the bundle, or several of them:
+            prefixes, and LoRA of which one can be merged; none to export the base alone.
+        keep: keep LoRA apart from the weights, any number of adapters.
 
     Raises:
         CheckpointError, AdapterError, UnsupportedModelError: what is wrong with either, or the base model holds
@@ -94,22 +102,22 @@ def from_folders(base: str | Path | BaseModel, adapter: Adapters) -> ExportSourc
     model = base if isinstance(base, BaseModel) else open_base(base)
     model.check_names()
     loras, prefixes = split_prefixes(given_adapters(adapter), model)
-    if len(loras) > 1:
+    if len(loras) > 1 and not keep:
         raise ConfigError(
-            f"{len(loras)} LoRA adapters were given; one can be merged into a base model"
+            f"{len(loras)} LoRA adapters were given; one can be merged into a base model",
+            hint="keep them apart from the weights: --adapters runtime",
         )
-    named = read_named(loras[0], model) if loras else None
-    if named is not None:
+    read = [read_named(text, model) for text in loras]
+    for named in read:
         check_lineage(model, named.adapter)
-    check_unique([p.name for p in prefixes] + ([named.name] if named else []))
+    check_unique([*(named.name for named in read), *(prefix.name for prefix in prefixes)])
+    merged = None if keep or not read else read[0]
 
-    def load_reference(progress: Progress) -> nn.Layer:
+    def load(progress: Progress, active: NamedAdapter | None) -> nn.Layer:
         from peft_deploy.base.dygraph import load_model
 
         layer = load_model(model, progress=progress)
-        if named is None:
-            return layer
-        return _with_adapter(layer, named.adapter)
+        return layer if active is None else _with_adapter(layer, active.adapter)
 
     return ExportSource(
         name=model.name,
@@ -118,11 +126,13 @@ def from_folders(base: str | Path | BaseModel, adapter: Adapters) -> ExportSourc
         tensors=model.tensors,
         layout=model.tensors.layout,
         fingerprint=lambda: model.fingerprint,
-        adapter=named,
+        adapter=merged,
         check=model.tensors.check,
-        load_reference=load_reference,
+        load_reference=lambda progress: load(progress, merged),
+        load_adapted=load,
         companions=model.companions(),
         prefixes=tuple(prefixes),
+        kept=tuple(read) if keep else (),
     )
 
 

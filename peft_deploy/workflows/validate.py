@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from peft_deploy.base import BaseModel
 from peft_deploy.bundle import Manifest
+from peft_deploy.config.export import RUNTIME
 from peft_deploy.errors import AdapterError, CheckpointError
 from peft_deploy.families import Family
 from peft_deploy.parity.cases import CaseMatrix, build_matrix
@@ -19,6 +20,7 @@ from peft_deploy.parity.report import ParityReport
 from peft_deploy.progress import Progress, Silent
 from peft_deploy.runtime import Runner, open_runner
 from peft_deploy.text import Tokenizer
+from peft_deploy.workflows.check_adapters import check_adapter_origin, check_adapters
 from peft_deploy.workflows.check_prefixes import check_prefix_origin, check_prefixes
 from peft_deploy.workflows.sources import Adapters, ExportSource, from_folders
 
@@ -61,13 +63,16 @@ def validate(
     """
     folder, progress = Path(bundle).expanduser(), progress or Silent()
     manifest = Manifest.read(folder)
-    source = from_folders(base, adapter)
+    kept = any(entry.get("mode") == RUNTIME for entry in manifest.adapters)
+    source = from_folders(base, adapter, keep=kept)
     progress.phase("Comparing fingerprints")
     check_origin(manifest, source)
     model = source.load_reference(progress)
     options: dict[str, Any] = {"provider": provider, "seed": seed, "progress": progress}
     report = check_bundle(folder, model, source.family, source.config, **options)
-    return check_prefixes(report, folder, model, source, **options)
+    report = check_prefixes(report, folder, model, source, **options)
+    del model  # the check of an adapter loads a model of its own
+    return check_adapters(report, folder, source, **options)
 
 
 def check_bundle(
@@ -167,6 +172,8 @@ def check_origin(manifest: Manifest, source: ExportSource) -> None:
             hint="give the base model that the bundle was exported from",
         )
     check_prefix_origin(manifest, source)
+    if source.kept:
+        check_adapter_origin(manifest, source)
     merged = [entry for entry in manifest.adapters if entry.get("mode") == "merged"]
     if source.adapter is None:
         if merged:

@@ -1,0 +1,124 @@
+"""Checks the adapters that a bundle keeps apart from its weights, each against the model with that adapter active."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from peft_deploy.bundle import Manifest
+from peft_deploy.config.export import RUNTIME
+from peft_deploy.errors import AdapterError
+from peft_deploy.parity.report import CaseResult, ParityReport
+from peft_deploy.progress import Progress, Silent
+from peft_deploy.runtime import Session
+from peft_deploy.runtime.runner import Array
+from peft_deploy.signature import ATTENTION_MASK, INPUT_IDS, LOGITS, POSITION_IDS
+from peft_deploy.workflows.sources import ExportSource
+
+PART = "adapter {}"  # of a report
+_PROBE = 16  # tokens
+
+
+def check_adapters(
+    report: ParityReport,
+    folder: Path,
+    source: ExportSource,
+    *,
+    provider: str = "cpu",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> ParityReport:
+    """The report of a bundle without adapters, joined by those with each of them.
+
+    All adapters are used in one session after another, and the graph without adapters has to give the very same
+    numbers before and after.
+
+    Args:
+        report: of the bundle without adapters.
+        folder: the bundle, sealed or not.
+        source: what it was made of; its kept adapters are checked, and have to be in the bundle.
+        provider: what runs the bundle.
+        seed: of the random tokens.
+        progress: is told about every phase.
+    """
+    if not source.kept:
+        return report
+    # Here, because of what validate imports in turn.
+    from peft_deploy.parity.reference import PaddleReference
+    from peft_deploy.workflows.validate import check_runner
+
+    progress = progress or Silent()
+    session = Session(folder, provider=provider)
+    before = _probe(session, seed)
+    parts: dict[str, ParityReport] = {}
+    for named in source.kept:
+        progress.phase(f"Preparing the check of {named.name}")
+        session.load_adapter(named.name)
+        model = source.load_adapted(progress, named)
+        parts[PART.format(named.name)] = check_runner(
+            folder,
+            PaddleReference(model, source.family, source.config),
+            session.runner(named.name),
+            source.family.dims(source.config).max_positions,
+            provider=provider,
+            seed=seed,
+            progress=progress,
+        )
+    off = _compare_off(before, _probe(session, seed))
+    return replace(report, cases=(*report.cases, off), parts={**report.parts, **parts})
+
+
+def _probe(session: Session, seed: int) -> Mapping[str, Array]:
+    """Every output for a few tokens without an adapter."""
+    sizes = {spec.name: spec.dims[-1] for spec in session.signature.outputs}
+    vocabulary = sizes.get(LOGITS)
+    top = vocabulary if isinstance(vocabulary, int) else 1
+    places = np.arange(_PROBE, dtype=np.int64)[None]
+    feeds: dict[str, Array] = {
+        INPUT_IDS: np.random.default_rng(seed).integers(0, top, places.shape),
+        ATTENTION_MASK: np.ones(places.shape, np.int64),
+        POSITION_IDS: places,
+    }
+    wanted = session.signature.input_names
+    return session.run({name: array for name, array in feeds.items() if name in wanted})
+
+
+def _compare_off(before: Mapping[str, Array], after: Mapping[str, Array]) -> CaseResult:
+    changed = [name for name in before if not np.array_equal(before[name], after[name])]
+    problem = None
+    if changed:
+        problem = (
+            f"after the adapters were used, {len(changed)} outputs without an adapter are not what they were before, "
+            f"{changed[0]} among them"
+        )
+    group = "adapters off again"
+    return CaseResult(group, group, f"batch 1, {_PROBE} tokens", problem=problem)
+
+
+def check_adapter_origin(manifest: Manifest, source: ExportSource) -> None:
+    """Passes when the adapters that were given are among those that a bundle keeps.
+
+    Raises:
+        AdapterError: the bundle has none of that name, or another one.
+    """
+    recorded = {
+        entry["name"]: entry["fingerprint"]
+        for entry in manifest.adapters
+        if entry.get("mode") == RUNTIME
+    }
+    for named in source.kept:
+        if named.name not in recorded:
+            raise AdapterError(
+                f"the bundle keeps no adapter {named.name}; it has {', '.join(recorded)}",
+                hint="name it as the bundle does: --adapter NAME=DIR",
+            )
+        known, given = recorded[named.name], named.adapter.fingerprint
+        if known != given:
+            raise AdapterError(
+                f"the bundle's adapter {named.name} has the fingerprint {known[:12]}; the one that was given has "
+                f"{given[:12]}",
+                hint="give the very adapter that the bundle was exported with",
+            )

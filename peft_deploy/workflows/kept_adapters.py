@@ -1,0 +1,132 @@
+"""LoRA adapters that stay apart from a bundle's weights: what gets slots, and the files that fill them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from peft_deploy.adapters import Adapter
+from peft_deploy.adapters.formats.onnx_adapter import onnx_tensors, slot_names
+from peft_deploy.adapters.formats.onnx_file import model_version, write_onnx_adapter
+from peft_deploy.adapters.formats.peft_writer import huggingface_modules, refuse_unmergeable
+from peft_deploy.atomic_folder import disk_errors
+from peft_deploy.bundle.adapter_files import adapter_path
+from peft_deploy.bundle.folder import BundleFolder
+from peft_deploy.config.export import ALL_LINEAR, ExportOptions
+from peft_deploy.config.matching import match_pattern
+from peft_deploy.errors import AdapterError, ConfigError, listed, nearest
+from peft_deploy.workflows.sources import EXPORT_DTYPE, ExportSource, NamedAdapter
+
+if TYPE_CHECKING:
+    from peft_deploy.convert.lora_slots import Selection
+
+_MERGE = "export it merged: peft-deploy export --merge"
+
+
+def check_keepable(adapter: Adapter, source: ExportSource) -> None:
+    """Passes when slots of LoRA can hold everything that the adapter changes, as far as the graph does not matter.
+
+    Raises:
+        AdapterError: it replaces whole parameters, is relative to other weights than the base's own, or does not
+            fit the base model.
+    """
+    refuse_unmergeable(adapter)
+    if adapter.replacements:
+        raise AdapterError(
+            f"{adapter.path} replaces whole parameters, which slots for LoRA cannot take:\n"
+            + listed(adapter.replacements),
+            hint=_MERGE,
+        )
+    shared = {**source.family.tied(source.config)}
+    shared |= {target: name for name, target in shared.items()}
+    for module in adapter.pairs:
+        if f"{module}.weight" in shared:
+            raise AdapterError(
+                f"{adapter.path} changes {module}, whose weight is that of {shared[f'{module}.weight']} too; "
+                "such a layer cannot have slots",
+                hint="untie the two (tie_word_embeddings false, both stored)",
+            )
+    adapter.merge_into(source.tensors, EXPORT_DTYPE)  # compares names and shapes, looks for NaN
+
+
+def select_layers(source: ExportSource, options: ExportOptions) -> Selection:
+    """Which of a graph's linear layers get slots.
+
+    Args:
+        source: the model and the adapters that are kept.
+        options: of the export.
+
+    Returns:
+        A function from the linear layers that the graph has to those that get slots; it raises AdapterError when an
+        adapter changes something else, ConfigError when the expression for layers matches none.
+    """
+    names = source.family.names(source.config)
+    targets = {
+        named.name: [hf for hf, _ in huggingface_modules(named.adapter, names).values()]
+        for named in source.kept
+    }
+
+    def select(linears: Sequence[str]) -> list[str]:
+        for named in source.kept:
+            _require_linears(named, targets[named.name], linears)
+        wanted = {module for modules in targets.values() for module in modules}
+        wanted |= set(_others(options.slots or ("" if wanted else ALL_LINEAR), linears))
+        return [module for module in linears if module in wanted]
+
+    return select
+
+
+def _require_linears(named: NamedAdapter, modules: Sequence[str], linears: Sequence[str]) -> None:
+    others = set(modules) - set(linears)
+    if others:
+        raise AdapterError(
+            f"{named.adapter.path} changes modules that are no plain linear layers of the graph, so that there are no "
+            f"slots for them:\n{listed(others)}",
+            hint=_MERGE,
+        )
+
+
+def _others(slots: str, linears: Sequence[str]) -> list[str]:
+    from peft_deploy.convert.lora_slots import in_numbered_layers
+
+    if not slots:
+        return []
+    found = in_numbered_layers(linears) if slots == ALL_LINEAR else match_pattern(slots, linears)
+    if not found:
+        last = sorted({module.rpartition(".")[2] for module in linears})
+        close = nearest(slots.rpartition(".")[2], last) or last[:8]
+        raise ConfigError(
+            f"--slots {slots} matches none of the {len(linears)} linear layers",
+            hint=f"for instance {', '.join(close)}, or {ALL_LINEAR}",
+        )
+    return found
+
+
+def write_kept(
+    folder: BundleFolder, source: ExportSource, graph: Mapping[str, Any], fingerprint: str
+) -> None:
+    """Writes ``adapters/NAME.onnx_adapter`` for every adapter that is kept.
+
+    Args:
+        folder: of the bundle.
+        source: the model and the adapters.
+        graph: what the manifest says of the graph, its slots among it.
+        fingerprint: of the base model.
+
+    Raises:
+        AdapterError: a rank above that of the slots, or values too large for their type.
+        OutputError: a file cannot be written.
+    """
+    for named in source.kept:
+        tensors = _tensors(named.adapter, source, graph["lora_slots"])
+        path = adapter_path(folder.path, named.name)
+        with disk_errors(folder.output):
+            path.parent.mkdir(exist_ok=True)
+        write_onnx_adapter(path, tensors, model_version(fingerprint))
+
+
+def _tensors(adapter: Adapter, source: ExportSource, slots: Mapping[str, Any]) -> dict[str, Any]:
+    rank, modules = slots["rank"], slots["targets"]
+    ranks = {} if rank is None else {slot_names(module)[0]: rank for module in modules}
+    names = source.family.names(source.config)
+    return onnx_tensors(adapter, names, slots["dtype"], ranks, slots["names"])
