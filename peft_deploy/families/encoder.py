@@ -203,6 +203,7 @@ class EncoderFamily(Family):
             "position_embedding_type": "absolute",
             **{key: config[key] for key in _CARRIED if config.get(key) is not None},
             **(named if head in ("sequence", "tokens") else {}),
+            **(self._pooling.into({}) if self._pooling is not None else {}),
         }
 
     def settle(self, model: nn.Layer) -> None:

@@ -33,15 +33,23 @@ class Ernie(BertLike):
 
     def remarks(self, config: Mapping[str, Any]) -> tuple[str, ...]:
         """See :meth:`Family.remarks`."""
-        said = config.get("layer_norm_eps")
-        if said in (None, _EPSILON):
-            return ()
-        return (
-            f"config.json sets layer_norm_eps to {said}; PaddleNLP's ERNIE computes with {_EPSILON} "
-            "whatever it says, and so does the bundle",
-        )
+        remarks = []
+        said, task = config.get("layer_norm_eps"), config.get("task_id") or 0
+        if said not in (None, _EPSILON):
+            remarks.append(
+                f"config.json sets layer_norm_eps to {said}; PaddleNLP's ERNIE computes with "
+                f"{_EPSILON} whatever it says, and so does the bundle"
+            )
+        if config.get("use_task_id") and task != 0:
+            remarks.append(
+                f"config.json sets task_id to {task}, which is part of the bundle's graph; "
+                "transformers takes task 0 unless it is told otherwise"
+            )
+        return tuple(remarks)
 
     def huggingface_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """See :meth:`Family.huggingface_config`."""
-        tasks = {k: config[k] for k in ("use_task_id", "task_type_vocab_size") if k in config}
+        tasks = {
+            k: config[k] for k in ("use_task_id", "task_id", "task_type_vocab_size") if k in config
+        }
         return {**super().huggingface_config(config), **tasks}

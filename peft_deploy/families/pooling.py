@@ -8,7 +8,7 @@ from typing import Any
 
 from peft_deploy.errors import ConfigError
 
-# Where a configuration in memory keeps it; no file has such an entry.
+# An entry of config.json, ours: transformers and PaddleNLP carry it along unread.
 POOLING = "sentence_pooling"
 MODES = ("mean", "cls")
 
@@ -38,9 +38,20 @@ class Pooling:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Pooling | None:
-        """What a configuration says; None when it says nothing."""
+        """What a configuration says; None when it says nothing.
+
+        Raises:
+            ConfigError: it says something else than a pooling.
+        """
         entry = config.get(POOLING)
-        return None if entry is None else cls(**entry)
+        if entry is None:
+            return None
+        if not isinstance(entry, Mapping) or not entry.keys() <= {"mode", "normalize"}:
+            raise ConfigError(
+                f"config.json sets {POOLING} to {entry!r}; "
+                'it should be like {"mode": "mean", "normalize": true}'
+            )
+        return cls(mode=str(entry.get("mode")), normalize=bool(entry.get("normalize", False)))
 
     def into(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The configuration with this pooling in it."""
