@@ -63,11 +63,13 @@ def load_model(
     finally:
         paddle.set_default_dtype(default)
     parameters = unique_parameters(model)
-    base.tensors.check({name: tuple(p.shape) for name, p in parameters.items()})
+    base.check({name: tuple(p.shape) for name, p in parameters.items()})
+    stored = set(base.tensors.names())
     progress = progress or Silent()
     progress.phase("Loading the base model", len(parameters), "tensors")
     for name, parameter in parameters.items():
-        data = base.tensors.read(name)
+        # What no output depends on may be missing.
+        data = base.tensors.read(name) if name in stored else np.zeros(parameter.shape, np.float32)
         _fill(parameter, np.ascontiguousarray(data).astype(DTYPES[dtype], copy=False), dtype)
         progress.advance(1, name)
     model.eval()
@@ -83,11 +85,11 @@ def _construct(family: Family, config: Mapping[str, Any]) -> nn.Layer:
     config_class = getattr(paddlenlp.transformers, family.paddle_config)
     name = family.paddle_model(config)
     model_class = getattr(paddlenlp.transformers, name)
-    arguments = config_class(**family.paddle_arguments(config))
+    arguments = config_class(**{"use_cache": True, **family.paddle_arguments(config)})
     arguments.architectures = [name]
-    arguments.use_cache = True
     model = model_class(arguments)
     _tie(model, family.tied(config))
+    family.settle(model)
     return model
 
 

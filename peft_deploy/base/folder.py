@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from peft_deploy.base.pooling import normalizes, read_pooling
 from peft_deploy.config.json_file import read_object
-from peft_deploy.errors import CheckpointError, listed
-from peft_deploy.families import Family, ModelDims, NameMap, find_family
+from peft_deploy.errors import CheckpointError, ConfigError, listed
+from peft_deploy.families import Family, ModelDims, NameMap, Pooling, find_family
+from peft_deploy.families.pooling import POOLING
 from peft_deploy.weights import CanonicalTensors, open_checkpoint
 
 CONFIG = "config.json"
+NO_POOLING = "none"
 _ADAPTER_CONFIGS = ("lora_config.json", "prefix_config.json", "adapter_config.json")
 _WEIGHTS = ("model.safetensors", "model-", "model_state")  # how weight files of base models begin
 
@@ -37,7 +40,8 @@ class BaseModel:
 
     Args:
         path: the folder.
-        config: its config.json, as written (PaddleNLP's or Hugging Face's).
+        config: its config.json, as written (PaddleNLP's or Hugging Face's), and in it how its sentence embeddings
+            are pooled, wherever that came from.
         family: the family that claims it.
     """
 
@@ -84,6 +88,7 @@ class BaseModel:
         expected = self.names.parameters(self.dims.num_layers)
         expected -= self.tensors.tied.keys()
         found = set(self.tensors.names())
+        found |= self.family.unused(self.config) & expected
         if found != expected:
             raise CheckpointError(
                 f"{self.path}: the weights are not those of a model with "
@@ -91,6 +96,34 @@ class BaseModel:
                 + (f"; missing:\n{listed(expected - found)}" if expected - found else "")
                 + (f"; unexpected:\n{listed(found - expected)}" if found - expected else "")
             )
+
+    def check(self, expected: Mapping[str, tuple[int, ...]]) -> None:
+        """Compares names and shapes with those of the model.
+
+        Args:
+            expected: PaddleNLP's parameter → shape.
+
+        Raises:
+            CheckpointError: what is missing, not expected, or of another shape.
+        """
+        absent = self.family.unused(self.config) - set(self.tensors.names())
+        self.tensors.check({n: shape for n, shape in expected.items() if n not in absent})
+
+    def pooled(self, pooling: Pooling | None) -> BaseModel:
+        """The same model with this pooling of sentence embeddings, or with none of them.
+
+        Raises:
+            ConfigError: it has no hidden states to pool.
+        """
+        if pooling is not None and not self.family.pools(self.config):
+            raise ConfigError(
+                f"a {self.family.paddle_model(self.config)} gives no hidden states that could be "
+                "pooled to sentence embeddings",
+                hint="leave --pooling out",
+            )
+        plain = {key: value for key, value in self.config.items() if key != POOLING}
+        config = plain if pooling is None else pooling.into(plain)
+        return replace(self, config=config, family=find_family(config))
 
     def companions(self) -> list[Path]:
         """Tokenizer and generation files that are there."""
@@ -102,10 +135,15 @@ def companions_in(folder: Path) -> list[Path]:
     return [folder / name for name in COMPANIONS if (folder / name).is_file()]
 
 
-def open_base(path: str | Path) -> BaseModel:
+def open_base(path: str | Path, pooling: str | None = None) -> BaseModel:
     """The base model in a folder, or under a name that PaddleNLP can download.
 
+    Args:
+        path: the folder or the name.
+        pooling: of sentence embeddings: ``mean`` or ``cls`` in place of what the folder says, ``none`` for none.
+
     Raises:
+        ConfigError: a pooling for a model that gives no hidden states, or an unknown one.
         CheckpointError: no such folder and no such name; no config.json; a config.json that lacks what its
             family needs.
         UnsupportedModelError: no family claims it, or its family refuses it.
@@ -137,7 +175,19 @@ def open_base(path: str | Path) -> BaseModel:
         raise CheckpointError(
             f"{folder / CONFIG} gives sizes that are no positive whole numbers: {odd}"
         )
-    return BaseModel(folder, config, family)
+    return _with_pooling(BaseModel(folder, config, family), pooling)
+
+
+def _with_pooling(model: BaseModel, asked: str | None) -> BaseModel:
+    """The model with the pooling that was asked for, else with the one that its folder describes."""
+    if asked == NO_POOLING:
+        return model.pooled(None)
+    if asked is not None:
+        return model.pooled(Pooling(mode=asked, normalize=normalizes(model.path)))
+    if not model.family.pools(model.config) or POOLING in model.config:
+        return model
+    own = read_pooling(model.path)
+    return model if own is None else model.pooled(own)
 
 
 def _check_entries(path: Path, config: Mapping[str, Any]) -> None:

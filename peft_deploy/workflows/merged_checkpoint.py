@@ -99,8 +99,8 @@ def merged_config(model: BaseModel, layout: str, dtype: str) -> dict[str, Any]:
         config = {
             "architectures": [family.paddle_model(model.config)],
             "model_type": family.model_type,
-            **family.paddle_arguments(model.config),
             "use_cache": True,
+            **family.paddle_arguments(model.config),
         }
     config.pop("torch_dtype", None)  # PaddleNLP would prefer it
     return {**config, "dtype": dtype}

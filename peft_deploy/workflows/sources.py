@@ -14,7 +14,7 @@ from peft_deploy.base import BaseModel, open_base
 from peft_deploy.errors import ConfigError
 from peft_deploy.families import Family
 from peft_deploy.progress import Progress
-from peft_deploy.weights import AdapterTensors, MergedTensors, TensorSource
+from peft_deploy.weights import AdapterTensors, MergedTensors, SubsetTensors, TensorSource
 from peft_deploy.workflows.lineage import check_lineage
 
 if TYPE_CHECKING:
@@ -76,9 +76,12 @@ class ExportSource:
         Raises:
             AdapterError: the adapter does not fit the base model.
         """
+        unused = self.family.unused(self.config)
         if self.adapter is None:
-            return MergedTensors(self.tensors, AdapterTensors({}, {}), dtype)
-        return self.adapter.adapter.merge_into(self.tensors, dtype)
+            merged = MergedTensors(self.tensors, AdapterTensors({}, {}), dtype)
+        else:
+            merged = self.adapter.adapter.merge_into(self.tensors, dtype)
+        return SubsetTensors(merged, unused) if unused else merged
 
 
 def from_folders(
@@ -127,7 +130,7 @@ def from_folders(
         layout=model.tensors.layout,
         fingerprint=lambda: model.fingerprint,
         adapter=merged,
-        check=model.tensors.check,
+        check=model.check,
         load_reference=lambda progress: load(progress, merged),
         load_adapted=load,
         companions=model.companions(),
