@@ -26,6 +26,14 @@ if TYPE_CHECKING:
 )
 @click.option("--chat", is_flag=True, help="Put the prompts into the model's chat template.")
 @click.option("--system", metavar="TEXT", help="With --chat: the system's message.")
+@click.option(
+    "--adapter",
+    metavar="NAME",
+    help="With this adapter of the bundle, or an .onnx_adapter file.",
+)
+@click.option(
+    "--scale", type=float, default=1.0, metavar="X", help="Multiplies what the adapter adds."
+)
 @click.option("--prefix", metavar="NAME", help="Begin after this prefix of the bundle, or a file.")
 @click.option("--max-new-tokens", type=int, default=128, show_default=True, metavar="N")
 @click.option(
@@ -51,6 +59,8 @@ def generate_command(
     prompt_file: TextIO | None,
     chat: bool,
     system: str | None,
+    adapter: str | None,
+    scale: float,
     prefix: str | None,
     max_new_tokens: int,
     temperature: float,
@@ -82,6 +92,8 @@ def generate_command(
         top_k=top_k,
         top_p=top_p,
         seed=seed,
+        adapter=adapter,
+        scale=scale,
         prefix=prefix,
     )
     if as_json:

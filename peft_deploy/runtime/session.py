@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from peft_deploy.bundle.adapter_files import adapter_path
+from peft_deploy.bundle.adapter_files import ADAPTER_SUFFIX, adapter_path
 from peft_deploy.bundle.manifest import Manifest
 from peft_deploy.bundle.prefixes import Prefix
 from peft_deploy.bundle.slots import Slot
@@ -100,9 +100,7 @@ class Session:
                 or does not fit the graph's slots. The session keeps what it had.
         """
         path = self._find(adapter)
-        name = name or (
-            path.stem if isinstance(adapter, Path) or path == Path(adapter) else adapter
-        )
+        name = name or path.name.removesuffix(ADAPTER_SUFFIX)
         self._check_free(name)
         fingerprint = str(self.manifest.base.get("fingerprint") or "")
         read = read_for_slots(
@@ -241,7 +239,7 @@ class Session:
         own = [
             str(a["name"])
             for a in self.manifest.adapters
-            if a["mode"] == "runtime" or a.get("slots") is True
+            if a.get("mode") == "runtime" or a.get("slots") is True
         ]
         if isinstance(adapter, str) and adapter in own:
             return adapter_path(self.folder, adapter)
