@@ -18,6 +18,7 @@ from paddlenlp.transformers.model_utils import no_init_weights
 from peft_deploy.base.folder import BaseModel
 from peft_deploy.errors import ConfigError
 from peft_deploy.families import Family
+from peft_deploy.families.standins.parameters import unique_parameters
 from peft_deploy.progress import Progress, Silent
 from peft_deploy.weights import DTYPES, Array
 
@@ -76,16 +77,15 @@ def load_model(
     return model
 
 
-def unique_parameters(model: nn.Layer) -> dict[str, paddle.Tensor]:
-    """Structured name → parameter; one that several layers share appears once, under its first name."""
-    return dict(model.named_parameters(remove_duplicate=True))
-
-
 def _construct(family: Family, config: Mapping[str, Any]) -> nn.Layer:
     config_class = getattr(paddlenlp.transformers, family.paddle_config)
     name = family.paddle_model(config)
     model_class = getattr(paddlenlp.transformers, name)
-    arguments = config_class(**{"use_cache": True, **family.paddle_arguments(config)})
+    given = {"use_cache": True, **family.paddle_arguments(config)}
+    arguments = config_class(**given)
+    for key, value in given.items():  # LlamaConfig's base class sets fuse_attention_qkv back to False
+        if getattr(arguments, key, None) != value:
+            setattr(arguments, key, value)
     arguments.architectures = [name]
     model = model_class(arguments)
     _tie(model, family.tied(config))

@@ -135,6 +135,24 @@ def _table_up_to(model: nn.Layer, length: int, total: int) -> Iterator[None]:
             del layer.forward
 
 
+@contextmanager
+def frequencies_in_float32(model: nn.Layer) -> Iterator[None]:
+    """Lets rotary layers that compute their angles in every call do so in float32, in a float64 model too.
+
+    PaddleNLP's Gemma multiplies float32 positions by frequencies that were converted with the model, which Paddle
+    refuses. The frequencies come from float32, so the numbers are the same.
+    """
+    layers = [layer for layer in model.sublayers() if hasattr(layer, "inv_freq")]
+    converted = [layer.inv_freq for layer in layers]
+    for layer, frequencies in zip(layers, converted, strict=True):
+        layer.inv_freq = frequencies.astype("float32")
+    try:
+        yield
+    finally:
+        for layer, frequencies in zip(layers, converted, strict=True):
+            layer.inv_freq = frequencies
+
+
 def _longer(forward: Callable[..., Any], argument: str, length: int) -> Callable[..., Any]:
     signature = inspect.signature(forward)
 

@@ -94,6 +94,10 @@ class Family(ABC):
                 or that the stand-in does not compute.
         """
 
+    def remarks(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+        """Where PaddleNLP, and so the bundle, computes something else than transformers from the same config.json."""
+        return ()
+
     @abstractmethod
     def dims(self, config: Mapping[str, Any]) -> ModelDims:
         """The sizes, from config.json."""

@@ -27,6 +27,7 @@ from paddle.static.pir_io import normalize_pir_program
 
 from peft_deploy.errors import TraceError, listed
 from peft_deploy.families import Family
+from peft_deploy.families.standins.parameters import unique_parameters
 from peft_deploy.signature import GraphSignature, TensorSpec
 from peft_deploy.trace.preflight import OperatorUse
 from peft_deploy.trace.quirks import WRONG_ATTRIBUTES
@@ -122,7 +123,7 @@ def trace_model(model: nn.Layer, family: Family, signature: GraphSignature) -> T
     _check_counts(signature, feeds, fetches)
     with paddle.pir_utils.IrGuard():
         program = normalize_pir_program(concrete.main_program, feeds, fetches)
-    names = {p.name: name for name, p in model.named_parameters()}
+    names = {p.name: name for name, p in unique_parameters(model).items()}
     tables = {b.name: b for b in stand_in.buffers()}
     used = {
         op.attrs()["parameter_name"]
