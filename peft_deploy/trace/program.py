@@ -27,6 +27,7 @@ from paddle.static.pir_io import normalize_pir_program
 
 from peft_deploy.errors import TraceError, listed
 from peft_deploy.families import Family
+from peft_deploy.families.standins import ScopeTrace
 from peft_deploy.families.standins.parameters import unique_parameters
 from peft_deploy.signature import GraphSignature, TensorSpec
 from peft_deploy.trace.preflight import OperatorUse
@@ -111,25 +112,14 @@ def trace_model(model: nn.Layer, family: Family, signature: GraphSignature) -> T
     stand_in = family.stand_in(model)
     stand_in.eval()
     own = len(signature.inputs) - len(signature.past)
-    specs = [_input_spec(spec) for spec in signature.inputs]
-    arguments = [*specs[:own], *([specs[own:]] if signature.past else [])]
-    with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # "Tensor do not have 'place' interface": of no consequence
-        concrete = _concrete_program(stand_in, arguments)
-    stand_in.scopes.apply(concrete.main_program)
-    feeds, fetches = _values(concrete.inputs), _values(concrete.outputs)
-    _check_counts(signature, feeds, fetches)
-    with paddle.pir_utils.IrGuard():
-        program = normalize_pir_program(concrete.main_program, feeds, fetches)
+    arguments: list[Any] = list(signature.inputs[:own])
+    if signature.past:
+        arguments.append(list(signature.past))
+    program, fetches = static_program(stand_in, arguments, stand_in.scopes)
+    _check_count("outputs", len(fetches), len(signature.outputs))
     names = {p.name: name for name, p in unique_parameters(model).items()}
     tables = {b.name: b for b in stand_in.buffers()}
-    used = {
-        op.attrs()["parameter_name"]
-        for op in program.global_block().ops
-        if op.name() == "builtin.parameter"
-    }
+    used = used_variables(program)
     if unknown := used - names.keys() - tables.keys():
         raise TraceError(
             f"{type(model).__name__} computes with tensors that are neither its parameters nor its buffers:\n"
@@ -146,6 +136,46 @@ def trace_model(model: nn.Layer, family: Family, signature: GraphSignature) -> T
     )
 
 
+def static_program(
+    layer: nn.Layer, arguments: list[Any], scopes: ScopeTrace | None = None, who: str = ""
+) -> tuple[Any, list[Value]]:
+    """A layer's forward as a program, pruned to what its outputs need.
+
+    Args:
+        layer: whose forward takes these arguments.
+        arguments: a :class:`TensorSpec` or a list of them for each.
+        scopes: knows the module paths of that forward's operators.
+        who: what to call it in errors; by default its class.
+
+    Returns:
+        The program, and its outputs.
+
+    Raises:
+        TraceError: Paddle could not trace it, or an argument has no part in any output.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore"
+        )  # "Tensor do not have 'place' interface": of no consequence
+        specs = paddle.utils.map_structure(_input_spec, arguments)
+        concrete = _concrete_program(layer, specs, who or type(layer).__name__)
+    if scopes is not None:
+        scopes.apply(concrete.main_program)
+    feeds, fetches = _values(concrete.inputs), _values(concrete.outputs)
+    _check_count("inputs", len(feeds), len(paddle.utils.flatten(arguments)))
+    with paddle.pir_utils.IrGuard():
+        return normalize_pir_program(concrete.main_program, feeds, fetches), fetches
+
+
+def used_variables(program: Any) -> set[str]:
+    """Paddle's names of all parameters and tables in a program."""
+    return {
+        op.attrs()["parameter_name"]
+        for op in program.global_block().ops
+        if op.name() == "builtin.parameter"
+    }
+
+
 @contextmanager
 def _short_callstacks() -> Iterator[None]:
     """Paddle keeps the call stack of every operator; the innermost frames are all that a message needs."""
@@ -160,15 +190,15 @@ def _short_callstacks() -> Iterator[None]:
             sys.tracebacklimit = limit
 
 
-def _concrete_program(stand_in: nn.Layer, input_spec: list[Any]) -> Any:
+def _concrete_program(layer: nn.Layer, input_spec: list[Any], who: str) -> Any:
     try:
         with _short_callstacks():
-            static = paddle.jit.to_static(stand_in, input_spec=input_spec, full_graph=True)
+            static = paddle.jit.to_static(layer, input_spec=input_spec, full_graph=True)
             return static.forward.concrete_program
     except Exception as exc:  # Paddle raises whatever the traced code or its own rewriting raises
         reason = str(exc).strip().splitlines()
         raise TraceError(
-            f"{type(stand_in).__name__} could not be traced: {reason[-1] if reason else type(exc).__name__}"
+            f"{who} could not be traced: {reason[-1].strip() if reason else type(exc).__name__}"
         ) from exc
 
 
@@ -181,13 +211,9 @@ def _values(structure: Any) -> list[Value]:
     return [v for v in paddle.utils.flatten(structure) if isinstance(v, Value)]
 
 
-def _check_counts(signature: GraphSignature, feeds: list[Value], fetches: list[Value]) -> None:
-    for what, got, wanted in (
-        ("inputs", len(feeds), len(signature.inputs)),
-        ("outputs", len(fetches), len(signature.outputs)),
-    ):
-        if got != wanted:
-            raise TraceError(f"the traced program has {got} {what}; its signature has {wanted}")
+def _check_count(what: str, got: int, wanted: int) -> None:
+    if got != wanted:
+        raise TraceError(f"the traced program has {got} {what}; its signature has {wanted}")
 
 
 def _walk(block: Any) -> Iterator[Any]:

@@ -159,7 +159,7 @@ class Attachment:
             AdapterError: LoRA is disabled, a weight is shared with a module outside, or a sum is
                 not finite.
         """
-        self._refuse_shared_weights()
+        self.refuse_shared_weights()
         done: list[LoRALayer] = []
         try:
             for layer in self.layers():
@@ -207,7 +207,12 @@ class Attachment:
             for name, value in self.base_values.items():
                 assign(self.extras[name], value)
 
-    def _refuse_shared_weights(self) -> None:
+    def refuse_shared_weights(self) -> None:
+        """Passes when every adapted weight is that of its own layer only.
+
+        Raises:
+            AdapterError: one is shared with a module outside.
+        """
         owners: dict[int, list[str]] = {}
         for name, layer in self.model.named_sublayers():
             for key, parameter in layer._parameters.items():

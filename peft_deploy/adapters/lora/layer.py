@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
@@ -99,6 +101,15 @@ class LoRALayer:
         """Whether ``weight`` holds the sum of the original weight and the LoRA branch."""
         return self._state is WeightState.MERGED
 
+    @contextmanager
+    def branch_left_out(self) -> Iterator[None]:
+        """The forward without the LoRA branch, whatever is in ``weight``: for tracing, not for computing."""
+        before, self._disabled = self._disabled, True
+        try:
+            yield
+        finally:
+            self._disabled = before
+
     @property
     def disable_lora(self) -> bool:
         """Whether the layer computes what it computed before LoRA, whatever else was called."""
@@ -156,6 +167,14 @@ class LoRALayer:
         kept = self._residual if self.pissa else self._original
         assert kept is not None
         return kept
+
+    def merged_weight(self) -> Array:
+        """The weight with the LoRA branch added, in its own type, whatever the layer's state.
+
+        Raises:
+            AdapterError: the sum is not finite in the weight's type.
+        """
+        return self._merge_into(self.split_weight())
 
     def load_split_weight(self, values: Array) -> None:
         """Puts another weight in place of the one that the LoRA branch is added to; not while

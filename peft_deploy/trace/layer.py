@@ -1,0 +1,203 @@
+"""Tracing any layer by its own forward, for models that no family knows. Needs Paddle."""
+
+from __future__ import annotations
+
+from peft_deploy.environment import require_paddle
+
+require_paddle("tracing a layer")
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import paddle
+from paddle import Tensor, nn
+
+from peft_deploy.config.layer_signature import LayerSignature
+from peft_deploy.errors import ConfigError, TraceError, listed
+from peft_deploy.signature import GraphSignature, TensorSpec
+from peft_deploy.trace.program import TracedProgram, static_program, used_variables
+
+FLOATING = ("float32", "float16", "bfloat16", "float64")
+
+
+def trace_layer(layer: nn.Layer, signature: LayerSignature) -> TracedProgram:
+    """Traces a layer as it is.
+
+    Args:
+        layer: any layer, its weights in float32; in the mode and with everything else as it was afterwards.
+        signature: its inputs and outputs.
+
+    Returns:
+        The program; its signature has the outputs' types and sizes as Paddle infers them. Dimensions that change
+        are called after the output and the axis. Buffers are among the parameters.
+
+    Raises:
+        ConfigError: weights of another type than float32, or input names that only partly are the names of the
+            forward's arguments.
+        TraceError: Paddle could not trace it, or an input has no part in any output.
+    """
+    _check_types(layer)
+    named = takes_names(layer, signature)
+    with evaluating(layer):
+        program, fetches = static_program(
+            _Flat(layer, signature, named),
+            [list(signature.inputs)],
+            who=type(layer).__name__,
+        )
+    names = {p.name: name for name, p in layer.named_parameters()}
+    names |= {b.name: name for name, b in layer.named_buffers() if b is not None}
+    used = used_variables(program)
+    if unknown := used - names.keys():
+        raise TraceError(
+            f"{type(layer).__name__} computes with {len(unknown)} tensors that are neither its parameters nor its "
+            f"buffers:\n{listed(unknown)}",
+            hint="register them with register_buffer()",
+        )
+    return TracedProgram(
+        program=program,
+        signature=GraphSignature(signature.inputs, _outputs(signature, fetches)),
+        parameters={variable: names[variable] for variable in sorted(used)},
+        constants={},
+    )
+
+
+def weights_of(layer: nn.Layer) -> dict[str, Tensor]:
+    """Name → parameter or buffer, each tensor once."""
+    buffers = {name: b for name, b in layer.named_buffers() if b is not None}
+    return {**dict(layer.named_parameters()), **buffers}
+
+
+def call_layer(
+    layer: nn.Layer, inputs: list[Tensor], signature: LayerSignature, named: bool
+) -> list[Tensor]:
+    """The outputs of a layer in the signature's order.
+
+    Args:
+        layer: to call.
+        inputs: in the signature's order.
+        signature: names inputs and outputs.
+        named: pass the inputs by name rather than by position.
+
+    Raises:
+        TraceError: it returns something else than so many tensors.
+    """
+    positional, keywords = _arranged(inputs, signature, named)
+    returned = layer(*positional, **keywords)
+    outputs: list[Tensor] = flatten(returned, signature, type(layer).__name__)
+    return outputs
+
+
+def takes_names(layer: nn.Layer, signature: LayerSignature) -> bool:
+    """Whether the inputs are passed by name: where all of them are names of the forward's arguments.
+
+    Raises:
+        ConfigError: only some are, so that by position one could be taken for another.
+    """
+    parameters = inspect.signature(layer.forward).parameters.values()
+    known = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    names = {spec.name for spec in signature.inputs}
+    if names <= known:
+        return True
+    if names & known:
+        raise ConfigError(
+            f"{type(layer).__name__}.forward has arguments called {', '.join(sorted(names & known))}, and none called "
+            f"{', '.join(sorted(names - known))}; it takes {', '.join(sorted(known))}",
+            hint="call all inputs as the forward does, or none of them, to pass them by position",
+        )
+    return False
+
+
+@paddle.jit.not_to_static  # type: ignore[untyped-decorator]
+def _arranged(
+    inputs: list[Tensor], signature: LayerSignature, named: bool
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Positional and keyword arguments."""
+    if not named:
+        return inputs, {}
+    names = [spec.name for spec in signature.inputs]
+    return [], dict(zip(names, inputs, strict=True))
+
+
+@paddle.jit.not_to_static  # type: ignore[untyped-decorator]
+def flatten(returned: Any, signature: LayerSignature, who: str) -> list[Tensor]:
+    """The outputs that a forward returned, in the signature's order.
+
+    Of a mapping that has all of the signature's names, those; else all tensors in order, None left out.
+
+    Raises:
+        TraceError: another number of tensors, or something that is no tensor.
+    """
+    if isinstance(returned, Mapping) and set(signature.outputs) <= set(returned):
+        returned = [returned[name] for name in signature.outputs]
+    found = list(_leaves(returned, who))
+    if len(found) != len(signature.outputs):
+        raise TraceError(
+            f"{who} returns {len(found)} tensors; the signature names {len(signature.outputs)} outputs: "
+            f"{', '.join(signature.outputs)}"
+        )
+    return found
+
+
+def _leaves(returned: Any, who: str) -> Iterator[Tensor]:
+    if isinstance(returned, Tensor | paddle.pir.Value):
+        yield returned
+    elif isinstance(returned, Mapping):
+        for item in returned.values():
+            yield from _leaves(item, who)
+    elif isinstance(returned, list | tuple):
+        for item in returned:
+            yield from _leaves(item, who)
+    elif returned is not None:
+        raise TraceError(f"{who} returns a {type(returned).__name__}, which is no tensor")
+
+
+class _Flat(nn.Layer):  # type: ignore[misc]
+    """The layer with one list of inputs and one of outputs.
+
+    Every output is assigned once more: Paddle's saved programs take an output that is an input, or that an addition
+    makes of one, for that input.
+    """
+
+    def __init__(self, layer: nn.Layer, signature: LayerSignature, named: bool) -> None:
+        super().__init__()
+        self.layer = layer
+        self.signature = signature
+        self.named = named
+
+    def forward(self, inputs: list[Tensor]) -> list[Tensor]:
+        """The layer's outputs."""
+        outputs = call_layer(self.layer, inputs, self.signature, self.named)
+        return [paddle.assign(output) for output in outputs]
+
+
+def _outputs(signature: LayerSignature, fetches: list[Any]) -> tuple[TensorSpec, ...]:
+    specs = []
+    for name, value in zip(signature.outputs, fetches, strict=True):
+        dims = (dim if dim >= 0 else f"{name}.{axis}" for axis, dim in enumerate(value.shape))
+        specs.append(TensorSpec(name, str(value.dtype).rpartition(".")[2].lower(), tuple(dims)))
+    return tuple(specs)
+
+
+def _check_types(layer: nn.Layer) -> None:
+    types = {name: str(t.dtype).rpartition(".")[2] for name, t in weights_of(layer).items()}
+    wrong = [f"{n}: {t}" for n, t in types.items() if t in FLOATING and t != "float32"]
+    if wrong:
+        raise ConfigError(
+            f"{type(layer).__name__} has weights that are not float32:\n{listed(wrong)}",
+            hint='call layer.to(dtype="float32") first',
+        )
+
+
+@contextmanager
+def evaluating(layer: nn.Layer) -> Iterator[None]:
+    """Dropout off, running statistics used, and every layer's mode as it was afterwards."""
+    training = [part for part in layer.sublayers(include_self=True) if part.training]
+    for part in training:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
