@@ -26,20 +26,25 @@ class PastRule:
             at 0.
         takes_positions: whether ``position_ids`` [B, S] mean something to the model.
         takes_3d_masks: whether a mask [B, S, T] is taken for what it is.
+        takes_4d_masks: whether a mask [B, 1, S, T] is taken.
         takes_embeddings: whether ``inputs_embeds`` may come without ``input_ids``.
         max_positions: key of the largest number of positions in config.json; None where the model
             has no such limit.
         parallel_prefix: whether paddlenlp.peft splits a prefix over tensor-parallel ranks; where it
             does not, it writes -1 for their number.
+        cache_class: ``module:name`` of what a layer's key and value have to be wrapped in; None for
+            a plain pair.
     """
 
     layout: str
     positions_after_past: bool = False
     takes_positions: bool = True
     takes_3d_masks: bool = True
+    takes_4d_masks: bool = True
     takes_embeddings: bool = True
     max_positions: str | None = "max_position_embeddings"
     parallel_prefix: bool = True
+    cache_class: str | None = None
 
 
 _RULES = {
@@ -55,6 +60,14 @@ _RULES = {
     "gpt": PastRule("BSKD", positions_after_past=True, takes_3d_masks=False),
     "llama": PastRule("BSKD"),
     "mistral": PastRule("BKSD", positions_after_past=True),
+    "opt": PastRule(
+        "BKSD",
+        positions_after_past=True,
+        takes_positions=False,  # it counts them in the mask
+        takes_3d_masks=False,
+        takes_4d_masks=False,
+        cache_class="paddlenlp.transformers.opt.modeling:MultiHeadAttention.Cache",
+    ),
     "qwen": PastRule("BSKD", max_positions=None),  # its table of rotations grows
     "qwen2": PastRule("BSKD"),
 }
@@ -122,7 +135,7 @@ def past_dims(config: Mapping[str, Any], rule: PastRule | None) -> PastDims:
         known.num_heads,
         known.num_kv_heads,
         known.head_dim,
-        known.max_positions,
+        None if rule is not None and rule.max_positions is None else known.max_positions,
     )
 
 

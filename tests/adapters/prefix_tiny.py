@@ -12,6 +12,7 @@ from adapters_tiny import SIZES, _build
 from paddle import nn
 from paddlenlp import transformers
 from paddlenlp.peft import prefix as reference
+from paddlenlp.transformers.opt.modeling import MultiHeadAttention as OPTAttention
 
 from peft_deploy.adapters.arrays import assign
 from peft_deploy.adapters.prefix import PrefixConfig, PrefixModelForCausalLM
@@ -35,6 +36,10 @@ class Case:
     postprocess: str  # of the reference
     positions_after_past: bool = False
     hidden_size: int = 32
+    argument: str = "past_key_values"
+    counts_in_mask: bool = False  # so that position_ids mean nothing to it
+    mask_dims: tuple[int, ...] = (2, 3, 4)
+    pair: Any = None  # what it wants a layer's key and value in
 
 
 CASES = {
@@ -51,8 +56,30 @@ CASES = {
     ),
     "gemma": Case("Gemma", {"num_key_value_heads": 2, "head_dim": 16}, 2, 16, "BSKD", "llama"),
     "mistral": Case("Mistral", {"num_key_value_heads": 2}, 2, 8, "BKSD", "mistral", True),
-    "bloom": Case("Bloom", {"n_layer": LAYERS, "n_head": 4}, 4, 8, "BSKD", "bloom"),
+    "bloom": Case(
+        "Bloom",
+        {"n_layer": LAYERS, "n_head": 4},
+        4,
+        8,
+        "BSKD",
+        "bloom",
+        argument="cache",
+        counts_in_mask=True,
+    ),
     "gpt": Case("GPT", NO_DROPOUT, 4, 8, "BSKD", "llama", True),
+    "opt": Case(
+        "OPT",
+        {"word_embed_proj_dim": 32, **NO_DROPOUT},
+        4,
+        8,
+        "BKSD",
+        "mistral",
+        positions_after_past=True,
+        argument="cache",
+        counts_in_mask=True,
+        mask_dims=(2,),
+        pair=OPTAttention.Cache,
+    ),
     "chatglm_v2": Case("ChatGLMv2", {}, 2, 8, "SBKD", "chatglm"),
 }
 GLM = {
@@ -138,6 +165,13 @@ def prefix_rows(model: Any) -> np.ndarray:
     head_dim = model.head_dim
     heads = rows.shape[1] // (2 * LAYERS * head_dim)
     return rows.reshape(P, 2, LAYERS, heads, head_dim).transpose(2, 1, 3, 0, 4)
+
+
+def given_past(name: str, rows: np.ndarray, batch: int) -> dict[str, Any]:
+    """The argument of a model's forward that holds these keys and values, [L, 2, K, P, D]."""
+    case = CASES[name]
+    past = past_of(rows, case.layout, batch)
+    return {case.argument: tuple(case.pair(*pair) for pair in past) if case.pair else past}
 
 
 def past_of(rows: np.ndarray, layout: str, batch: int) -> tuple[Any, ...]:

@@ -14,7 +14,7 @@ import numpy as np
 import paddle
 import pytest
 from paddle import nn
-from prefix_tiny import CASES, IDS, LAYERS, P, past_of, prefix_rows, prefixed, run, tiny
+from prefix_tiny import CASES, IDS, LAYERS, P, given_past, prefix_rows, prefixed, run, tiny
 from safetensors.numpy import save_file
 
 from peft_deploy.adapters.formats.prefix import PrefixAdapter, read_prefix, write_prefix
@@ -90,11 +90,8 @@ def test_pre_caches_hold_what_the_model_sees(
     ] * (2 * LAYERS)
     np.testing.assert_array_equal(np.array(past)[:, :, 0], caches)
     assert list(read.named_past()) == past_names(LAYERS)
-    argument = "cache" if name == "bloom" else "past_key_values"
-    given = past_of(np.array(past)[:, :, 0], CASES[name].layout, len(IDS))
-    np.testing.assert_allclose(
-        run(model.model.eval(), **{argument: given}), run(model.eval()), atol=2e-5
-    )
+    given = given_past(name, np.array(past)[:, :, 0], len(IDS))
+    np.testing.assert_allclose(run(model.model.eval(), **given), run(model.eval()), atol=2e-5)
 
 
 def test_a_prefix_is_read_without_paddle(saved: Path) -> None:

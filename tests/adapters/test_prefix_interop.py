@@ -33,6 +33,8 @@ from peft_deploy.adapters.prefix import PrefixConfig, PrefixModelForCausalLM
 from peft_deploy.adapters.provenance import PROVENANCE_NAME
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+# gemma: its head size is not hidden / heads; opt: says to have every attribute, prefix_tokens included.
+NO_REFERENCE = ("gemma", "opt")
 DIRECTIONS = [("reference", "ours"), ("ours", "reference")]
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -77,7 +79,7 @@ def chatglm() -> Any:
 
 @pytest.mark.parametrize(("writer", "reader"), DIRECTIONS)
 @pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("name", [name for name in CASES if name != "gemma"])
+@pytest.mark.parametrize("name", [name for name in CASES if name not in NO_REFERENCE])
 def test_a_prefix_moves(name: str, options: str, writer: str, reader: str, tmp_path: Path) -> None:
     tuned = write(writer, name, tmp_path / "first", **OPTIONS[options])
     assert np.abs(tuned - run(tiny(name))).max() > 0.1

@@ -14,7 +14,7 @@ from prefix_tiny import (
     MAX_POSITIONS,
     P,
     fill,
-    past_of,
+    given_past,
     prefix_rows,
     prefixed,
     run,
@@ -46,8 +46,7 @@ def test_a_model_sees_the_prefix_as_its_past(name: str, projection: bool) -> Non
     model = prefixed(base=base, prefix_projection=projection)
     rows = prefix_rows(model)
     assert rows.shape == (LAYERS, 2, case.kv_heads, P, case.head_dim)
-    argument = "cache" if name == "bloom" else "past_key_values"
-    expected = run(base, **{argument: past_of(rows, case.layout, len(IDS))})
+    expected = run(base, **given_past(name, rows, len(IDS)))
     assert np.abs(expected - before).max() > 0.1
     np.testing.assert_allclose(run(model), expected, atol=2e-5)
     np.testing.assert_array_equal(run(base), before)
@@ -171,6 +170,10 @@ def test_masks_of_two_three_and_four_dimensions_mean_the_same(name: str, dtype: 
     wanted = run(model)
     two = np.ones(IDS.shape, np.int64)
     for mask in (two, trigger(), trigger()[:, None]):
+        if mask.ndim not in CASES[name].mask_dims:
+            with pytest.raises(PrefixInputError, match=r"only takes masks \[B, T\]"):
+                run(model, attention_mask=paddle.to_tensor(mask.astype(dtype)))
+            continue
         found = run(model, attention_mask=paddle.to_tensor(mask.astype(dtype)))
         np.testing.assert_allclose(found, wanted, atol=2e-5)
 
@@ -194,7 +197,7 @@ def test_padding_on_the_left_changes_nothing(name: str) -> None:
         "attention_mask": paddle.to_tensor((np.arange(8) >= 3).astype(np.int64)[None].repeat(2, 0))
     }
     first = P if CASES[name].positions_after_past else 0
-    if name != "bloom":  # which counts by the mask
+    if not CASES[name].counts_in_mask:
         positions = np.maximum(np.arange(8) - 3, 0) + first
         inputs["position_ids"] = paddle.to_tensor(positions[None].repeat(2, 0))
     np.testing.assert_allclose(run(model, padded, **inputs)[:, 3:], run(model), atol=3e-5)
@@ -265,7 +268,9 @@ def test_a_pad_attention_mask_of_one_s_own() -> None:
         run(model, attention_mask=mask)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt", "mistral", "chatglm_v2", "gemma"])
+@pytest.mark.parametrize(
+    "name", ["llama", "qwen2", "gpt", "opt", "mistral", "chatglm_v2", "gemma"]
+)
 def test_more_positions_than_the_model_has(name: str) -> None:
     model = prefixed(name)
     fits = np.resize(IDS, (1, MAX_POSITIONS - P))
@@ -304,7 +309,7 @@ def test_the_returned_past_continues_the_text(name: str) -> None:
     past = next(item for item in first if isinstance(item, (list, tuple)))
     first_position = P if CASES[name].positions_after_past else 0
     positions = paddle.arange(3, 5).expand([2, 2]) + first_position
-    argument = "cache" if name == "bloom" else "past_key_values"
+    argument = CASES[name].argument
     found = run(
         model,
         IDS[:, 3:],

@@ -130,9 +130,7 @@ class PrefixInputs:
         P = self.num_tokens
         if pad is None:
             check_keep_mask(mask)
-            if mask.ndim == 3 and self.rule is not None and not self.rule.takes_3d_masks:
-                mask = mask.unsqueeze(1)
-            return widen_mask(mask, P)
+            return widen_mask(self._taken(mask), P)
         wide = pad(shape, P, mask)
         if wide.shape[-1] != mask.shape[-1] + P:
             raise PrefixInputError(
@@ -140,6 +138,17 @@ class PrefixInputs:
                 f"{list(mask.shape)}; it has to add {P} columns for the prefix"
             )
         return wide
+
+    def _taken(self, mask: paddle.Tensor) -> paddle.Tensor:
+        """The mask with as many dimensions as the model takes."""
+        if mask.ndim == 2 or self.rule is None:
+            return mask
+        if not self.rule.takes_4d_masks:
+            raise PrefixInputError(
+                f"attention_mask has the shape {list(mask.shape)}; a {self.model_name} only takes "
+                "masks [B, T] and counts positions in them"
+            )
+        return mask.unsqueeze(1) if mask.ndim == 3 and not self.rule.takes_3d_masks else mask
 
     def _length(self, past: Any) -> int | None:
         if past is None:

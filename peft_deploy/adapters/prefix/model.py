@@ -69,13 +69,14 @@ class PrefixModelForCausalLM(ModelWrapper):
         self.prefix_config, self.head_dim = resolve_config(prefix_config, model)
         self._inputs = PrefixInputs(model, self.prefix_config.num_prefix_tokens or 0)
         self._split = past_split(self.prefix_config, self.head_dim)
-        self.model = model
-        self.prefix_encoder = build_encoder(self.prefix_config, self.head_dim)
+        # Before the model: an OPT claims to have every attribute, which would then be taken for registered.
         self.register_buffer(
             "prefix_tokens",
             paddle.arange(self.prefix_config.num_prefix_tokens, dtype="int64"),
             persistable=False,
         )
+        self.model = model
+        self.prefix_encoder = build_encoder(self.prefix_config, self.head_dim)
         self.postprocess_past_key_value = postprocess_past_key_value or _postprocess(self._inputs)
         self.pad_attention_mask = pad_attention_mask
         self.base_fingerprint: str | None = None
@@ -299,7 +300,7 @@ def _postprocess(inputs: PrefixInputs) -> Postprocess:
             + ", ".join(known_past_rules()),
             hint="give postprocess_past_key_value",
         )
-    return postprocess_for(inputs.rule.layout)
+    return postprocess_for(inputs.rule.layout, inputs.rule.cache_class)
 
 
 def _refuse(model: Any, config: Any) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
+from operator import attrgetter
 from typing import Any
 
 import paddle
@@ -32,9 +34,22 @@ def arrange_past(past_key_values: paddle.Tensor, layout: str) -> Past:
     return tuple(zip(layers[:half], layers[half:], strict=True))
 
 
-def postprocess_for(layout: str) -> Postprocess:
-    """:func:`arrange_past` for one layout."""
-    return partial(arrange_past, layout=layout)
+def postprocess_for(layout: str, cache_class: str | None = None) -> Postprocess:
+    """:func:`arrange_past` for one layout.
+
+    Args:
+        layout: axes of every key and value, a permutation of ``"BSKD"``.
+        cache_class: ``module:name`` of what wraps each pair.
+    """
+    if cache_class is None:
+        return partial(arrange_past, layout=layout)
+    module, _, name = cache_class.partition(":")
+    wrap = attrgetter(name)(import_module(module))
+    return partial(_arrange_wrapped, layout=layout, wrap=wrap)
+
+
+def _arrange_wrapped(past_key_values: paddle.Tensor, layout: str, wrap: Any) -> tuple[Any, ...]:
+    return tuple(wrap(*pair) for pair in arrange_past(past_key_values, layout))
 
 
 def llama_postprocess_past_key_value(past_key_values: paddle.Tensor) -> Past:
