@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from peft_deploy.convert.passes.node_names import module_folder
 from peft_deploy.convert.weight_file import WeightFile
 from peft_deploy.errors import ConversionError
 from peft_deploy.signature import LORA_A, LORA_B
@@ -100,7 +101,7 @@ class AddLoraSlotsPass(ir.passes.InPlacePass):
             rank = self._rank or f"{module}.rank"
             A = _slot(graph, module + LORA_A, (in_size, rank), default)
             B = _slot(graph, module + LORA_B, (rank, out_size), default)
-            _add_product(graph, linear, A, B)
+            _add_product(graph, linear, A, B, module_folder(module))
             names += [module + LORA_A, module + LORA_B]
         self.added = LoraSlots(tuple(chosen), tuple(names), self._rank, dtype)
         return ir.passes.PassResult(model, modified=bool(chosen))
@@ -214,9 +215,8 @@ def _slot(graph: ir.Graph, name: str, dims: tuple[int | str, ...], default: _Def
     return value
 
 
-def _add_product(graph: ir.Graph, linear: Linear, A: ir.Value, B: ir.Value) -> None:
-    """Adds (x · A) · B to the layer's result, wherever that is used."""
-    folder = (linear.node.name or "").rpartition("/")[0]
+def _add_product(graph: ir.Graph, linear: Linear, A: ir.Value, B: ir.Value, folder: str) -> None:
+    """Adds (x · A) · B to the layer's result, wherever that is used; ``folder`` begins the names of nodes."""
     users = list(linear.result.uses())
     xA = _node("MatMul", [linear.node.inputs[0], A], f"{folder}/lora_A")
     xAB = _node("MatMul", [xA.outputs[0], B], f"{folder}/lora_B")

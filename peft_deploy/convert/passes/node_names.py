@@ -21,7 +21,7 @@ class NameNodesPass(ir.passes.InPlacePass):
         kept = {id(value) for value in graph.outputs}
         used: Counter[str] = Counter()
         for node in graph:
-            base = f"{_folder(node.metadata_props.pop(MODULE, ''))}/{node.op_type}"
+            base = f"{module_folder(node.metadata_props.pop(MODULE, ''))}/{node.op_type}"
             node.name = f"{base}_{used[base]}" if used[base] else base
             used[base] += 1
             for i, value in enumerate(node.outputs):
@@ -40,7 +40,7 @@ class NameNodesPass(ir.passes.InPlacePass):
             value.name = f"constant.{i}"
 
 
-def _folder(module: str) -> str:
+def module_folder(module: str) -> str:
     """``model.layers.0.mlp`` → ``/model/layers.0/mlp``: an index belongs to the list before it."""
     path = ""
     for part in filter(None, module.split(".")):
