@@ -38,11 +38,13 @@ class Text:
         name: for messages.
         ids: the tokens, [N].
         start: position of the first one; not 0 only to reach the end of the position table.
+        types: the segment of every token, [N]; all in segment 0 when None.
     """
 
     name: str
     ids: IntArray
     start: int = 0
+    types: IntArray | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -83,11 +85,20 @@ class Case:
     @property
     def input_ids(self) -> IntArray:
         """[B, T]."""
-        rows = [
-            np.where(row == PADDING, self.pad_id, text.ids[np.maximum(row, 0)])
-            for text, row in zip(self.texts, self.slots, strict=True)
+        return self._of_tokens([text.ids for text in self.texts], self.pad_id)
+
+    @property
+    def token_type_ids(self) -> IntArray:
+        """[B, T]: the segment of every token, 0 at padding."""
+        types = [np.zeros_like(t.ids) if t.types is None else t.types for t in self.texts]
+        return self._of_tokens(types, 0)
+
+    def _of_tokens(self, rows: Sequence[IntArray], padding: int) -> IntArray:
+        placed = [
+            np.where(slots == PADDING, padding, row[np.maximum(slots, 0)])
+            for row, slots in zip(rows, self.slots, strict=True)
         ]
-        ids: IntArray = np.stack(rows).astype(np.int64)
+        ids: IntArray = np.stack(placed).astype(np.int64)
         return ids
 
     @property

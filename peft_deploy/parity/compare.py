@@ -94,22 +94,33 @@ def _ratio(part: float, whole: float) -> float:
 
 
 def measure(
-    expected: Floats, actual: Floats, counts: Bools, *, logits: bool, brief: bool = False
+    expected: Floats,
+    actual: Floats,
+    counts: Bools,
+    *,
+    axis: int | None,
+    logits: bool,
+    brief: bool = False,
 ) -> Difference:
     """The difference of one output.
 
     Args:
-        expected: the logits [B, S, V], or a cache tensor [B, K, T, D].
+        expected: the logits [B, S, V], a cache tensor [B, K, T, D], or another output of a batch.
         actual: the same of the other side, of the same shape.
-        counts: which tokens count, [B, S] or [B, T]; at least one.
-        logits: which of the two it is.
+        counts: which tokens count, [B, S] or [B, T]; at least one. Without tokens, which rows, [B].
+        axis: along which the tokens lie; None where there is one value a row.
+        logits: whether the last axis holds the scores of tokens or classes, one of which is to be
+            chosen.
         brief: leave out what no limit depends on (percentile, cosine, next token).
     """
-    keep = counts[:, :, None] if logits else counts[:, None, :, None]
-    errors = _absolute_errors(expected, actual, keep)
+    shape = [1] * expected.ndim
+    shape[0] = len(counts)
+    if axis is not None:
+        shape[axis] = counts.shape[1]
+    errors = _absolute_errors(expected, actual, counts.reshape(shape))
     index = np.unravel_index(int(np.argmax(errors)), errors.shape)
     want, have, counted = (
-        (values if logits else np.moveaxis(values, 2, 1))[counts]  # [N, V] or [N, K, D]
+        (values if axis is None else np.moveaxis(values, axis, 1))[counts]  # [N, V] or [N, K, D]
         for values in (expected, actual, errors)
     )
     finite = np.abs(want[np.isfinite(want)])

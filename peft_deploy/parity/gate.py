@@ -22,12 +22,20 @@ from peft_deploy.parity.generation import (
     score_tokens,
 )
 from peft_deploy.parity.oracle import Reference
-from peft_deploy.parity.play import Results, counted, expected, given_cache, read_text, run_case
+from peft_deploy.parity.play import (
+    Results,
+    counted,
+    expected,
+    given_cache,
+    read_text,
+    run_case,
+    token_axis,
+)
 from peft_deploy.parity.report import CaseResult, Effect, OutputResult, ParityReport
 from peft_deploy.parity.tolerance import Limit, derive_limit, is_sane
 from peft_deploy.progress import Progress, Silent
 from peft_deploy.runtime.runner import Runner
-from peft_deploy.signature import LOGITS
+from peft_deploy.signature import LOGITS, GraphSignature
 
 Differences = dict[str, Difference]
 
@@ -110,7 +118,7 @@ def measure_reference(
     Args:
         reference: the model with its adapter active.
         matrix: texts and cases.
-        dtype: of the bundle's logits.
+        dtype: of the bundle's outputs.
         progress: gets a phase.
 
     Raises:
@@ -183,8 +191,8 @@ def check_expectation(
 
 
 def logits_dtype(bundle: Runner) -> str:
-    """The element type of a runner's logits."""
-    return next(spec.dtype for spec in bundle.signature.outputs if spec.name == LOGITS)
+    """The element type of a runner's first output: the logits, where it has any."""
+    return bundle.signature.outputs[0].dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,12 +226,9 @@ def _measure_effect(source: Reference, known: Mapping[Text, Results]) -> Differe
     if plain is None:
         return None
     text = max(known, key=len)
-    counts = np.ones((1, len(text)), bool)
-    without = read_text(plain, text).outputs()
-    return {
-        name: measure(values, without[name], counts, logits=name == LOGITS, brief=True)
-        for name, values in known[text].outputs().items()
-    }
+    slots = np.arange(len(text), dtype=np.int64)[None]
+    case = Case(text.name, "texts", (text,), slots, (len(text),))
+    return _compare(case, read_text(plain, text), known, source.signature, brief=True)
 
 
 def _check_finite(text: Text, results: Results) -> None:
@@ -238,12 +243,24 @@ def _check_finite(text: Text, results: Results) -> None:
 
 
 def _compare(
-    case: Case, results: Results, known: Mapping[Text, Results], *, brief: bool = False
+    case: Case,
+    results: Results,
+    known: Mapping[Text, Results],
+    signature: GraphSignature,
+    *,
+    brief: bool = False,
 ) -> Differences:
-    want, have = expected(case, known).outputs(), results.outputs()
+    want, have = expected(case, known, signature).values, results.values
     return {
-        name: measure(values, have[name], counted(case, name), logits=name == LOGITS, brief=brief)
-        for name, values in want.items()
+        spec.name: measure(
+            want[spec.name],
+            have[spec.name],
+            counted(case, spec),
+            axis=token_axis(spec),
+            logits=spec.name == LOGITS,
+            brief=brief,
+        )
+        for spec in signature.outputs
     }
 
 
@@ -258,8 +275,10 @@ def _measure_noise(
     """
     noise, warnings = [], []
     for case in cases:
-        cache = given_cache(case, known) if case.given else {}
-        differences = _compare(case, run_case(reference, case, cache), known, brief=True)
+        signature = reference.signature
+        cache = given_cache(case, known, signature) if case.given else {}
+        results = run_case(reference, case, cache)
+        differences = _compare(case, results, known, signature, brief=True)
         wrong = [name for name, d in differences.items() if not is_sane(d)]
         if wrong:
             worst = max(wrong, key=lambda name: differences[name].relative_max)
@@ -294,7 +313,8 @@ def _run_bundle(
 ) -> Iterator[CaseResult]:
     for case in cases:
         start = time.perf_counter()
-        cache = given_cache(case, known) if case.given else {}
+        signature = bundle.signature
+        cache = given_cache(case, known, signature) if case.given else {}
         try:
             results = run_case(bundle, case, cache)
         except ExecutionError as exc:
@@ -303,7 +323,7 @@ def _run_bundle(
             seconds = time.perf_counter() - start
             outputs = {
                 name: OutputResult(difference, limits[name])
-                for name, difference in _compare(case, results, known).items()
+                for name, difference in _compare(case, results, known, signature).items()
             }
             yield CaseResult(case.name, case.group, case.describe(), outputs, seconds=seconds)
         progress.advance(1, case.name)
@@ -314,6 +334,6 @@ def _blind(effect: Effect) -> str:
     if all(difference.max_abs == 0 for difference in effect.differences.values()):
         return f"the adapter changes nothing (is its lora_B still zero?): {proves_nothing}"
     return (
-        f"the adapter changes the logits by {effect.logits.max_abs:.3g} at most, which is too "
+        f"the adapter changes {effect.subject} by {effect.main.max_abs:.3g} at most, which is too "
         f"little against the rounding noise: {proves_nothing}"
     )

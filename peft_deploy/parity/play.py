@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,9 +19,10 @@ from peft_deploy.signature import (
     PAST,
     POSITION_IDS,
     SEQUENCE,
+    TOKEN_TYPE_IDS,
     TOTAL,
     GraphSignature,
-    past_names,
+    TensorSpec,
     present_names,
 )
 from peft_deploy.weights.source import DTYPES
@@ -35,16 +36,25 @@ class Results:
     """What a case gave, or has to give.
 
     Args:
-        logits: of the computed slots, [B, T - given, V].
-        presents: name → the cache after the last call, [B, K, T, D].
+        values: output → array. Outputs with one value a new token are those of all calls, [B, T - given, …];
+            the cache and outputs with one value a row are those of the last call, [B, K, T, D] and [B, …].
     """
 
-    logits: Floats
-    presents: Mapping[str, Floats]
+    values: Mapping[str, Floats]
+
+    @property
+    def logits(self) -> Floats:
+        """[B, T - given, V] of a decoder."""
+        return self.values[LOGITS]
 
     def outputs(self) -> dict[str, Floats]:
         """Every output by its name in the signature."""
-        return {LOGITS: self.logits, **self.presents}
+        return dict(self.values)
+
+
+def token_axis(spec: TensorSpec) -> int | None:
+    """The axis of an output along which tokens lie; None where it has one value a row."""
+    return next((axis for axis, dim in enumerate(spec.dims) if dim in (SEQUENCE, TOTAL)), None)
 
 
 def read_text(runner: Runner, text: Text) -> Results:
@@ -53,28 +63,23 @@ def read_text(runner: Runner, text: Text) -> Results:
     return run_case(runner, Case(text.name, "texts", (text,), slots, (len(text),)), {})
 
 
-def expected(case: Case, known: Mapping[Text, Results]) -> Results:
+def expected(case: Case, known: Mapping[Text, Results], signature: GraphSignature) -> Results:
     """What a case has to give at its real tokens, zeros at padding.
 
     Args:
         case: the arrangement.
         known: the outputs of every text.
+        signature: says where tokens lie in an output.
     """
-    names = next(iter(known.values())).presents
-    logits = [
-        _place(known[text].logits[0], row[case.given :])
-        for text, row in zip(case.texts, case.slots, strict=True)
-    ]
-    presents = {
-        name: np.stack(
-            [
-                _place(known[text].presents[name][0], row, axis=1)
-                for text, row in zip(case.texts, case.slots, strict=True)
-            ]
-        )
-        for name in names
-    }
-    return Results(np.stack(logits), presents)
+    values = {}
+    for spec in signature.outputs:
+        axis, first = token_axis(spec), 0 if TOTAL in spec.dims else case.given
+        rows = [known[text].values[spec.name][0] for text in case.texts]
+        if axis is not None:
+            slots = case.slots[:, first:]
+            rows = [_place(row, s, axis - 1) for row, s in zip(rows, slots, strict=True)]
+        values[spec.name] = np.stack(rows)
+    return Results(values)
 
 
 def _place(values: Floats, row: npt.NDArray[np.int64], axis: int = 0) -> Floats:
@@ -84,9 +89,11 @@ def _place(values: Floats, row: npt.NDArray[np.int64], axis: int = 0) -> Floats:
     return np.where((row != PADDING).reshape(shape), placed, np.float32(0))
 
 
-def counted(case: Case, output: str) -> Bools:
-    """Where an output counts: [B, T - given] for the logits, [B, T] for the cache."""
-    return case.counts[:, case.given :] if output == LOGITS else case.counts
+def counted(case: Case, spec: TensorSpec) -> Bools:
+    """Where an output counts: [B, T - given] for one value a new token, [B, T] for the cache, [B] for one a row."""
+    if token_axis(spec) is None:
+        return np.ones(len(case.texts), np.bool_)
+    return case.counts if TOTAL in spec.dims else case.counts[:, case.given :]
 
 
 def run_case(runner: Runner, case: Case, given: Mapping[str, Floats]) -> Results:
@@ -102,40 +109,56 @@ def run_case(runner: Runner, case: Case, given: Mapping[str, Floats]) -> Results
         ExecutionError: an output is missing or has another shape than the signature says.
     """
     signature = runner.signature
-    presents = present_names(signature.num_layers)
-    pasts = past_names(signature.num_layers)
     cache = dict(given) if case.given else empty_cache(signature, len(case.texts))
-    ids, mask, positions = case.input_ids, case.attention_mask, case.position_ids
-    logits: list[Floats] = []
+    parts: dict[str, list[Floats]] = {spec.name: [] for spec in signature.outputs}
     first = case.given
     for count in case.calls:
         last = first + count
-        feeds: dict[str, Array] = {
-            INPUT_IDS: ids[:, first:last],
-            ATTENTION_MASK: mask[:, :last],
-        }
-        if POSITION_IDS in signature.input_names:
-            feeds[POSITION_IDS] = positions[:, first:last]
-        for past, present, spec in zip(pasts, presents, signature.past, strict=True):
-            feeds[past] = cache[present].astype(DTYPES[spec.dtype], copy=False)
-        outputs = runner.run(feeds)
+        outputs = runner.run(_feeds(signature, case, first, last, cache))
         _check_shapes(signature, outputs, len(case.texts), count, last)
-        logits.append(_floats(outputs[LOGITS]))
-        cache = {name: _floats(outputs[name]) for name in presents}
+        for name, arrays in parts.items():
+            arrays.append(_floats(outputs[name]))
+        cache = {name: parts[name][-1] for name in present_names(signature.num_layers)}
         first = last
-    return Results(np.concatenate(logits, axis=1), cache)
+    return Results({spec.name: _joined(spec, parts[spec.name]) for spec in signature.outputs})
 
 
-def given_cache(case: Case, known: Mapping[Text, Results], seed: int = 0) -> dict[str, Floats]:
+def _feeds(
+    signature: GraphSignature, case: Case, first: int, last: int, cache: Mapping[str, Floats]
+) -> dict[str, Array]:
+    """The inputs of the call that computes the slots from ``first`` up to ``last``."""
+    known: dict[str, Array] = {
+        INPUT_IDS: case.input_ids[:, first:last],
+        ATTENTION_MASK: case.attention_mask[:, :last],
+        POSITION_IDS: case.position_ids[:, first:last],
+        TOKEN_TYPE_IDS: case.token_type_ids[:, first:last],
+    }
+    presents = present_names(signature.num_layers)
+    for spec, present in zip(signature.past, presents, strict=True):
+        known[spec.name] = cache[present].astype(DTYPES[spec.dtype], copy=False)
+    return {name: known[name] for name in signature.input_names}
+
+
+def _joined(spec: TensorSpec, calls: Sequence[Floats]) -> Floats:
+    axis = token_axis(spec)
+    if axis is None or TOTAL in spec.dims:
+        return calls[-1]
+    return np.concatenate(calls, axis=axis)
+
+
+def given_cache(
+    case: Case, known: Mapping[Text, Results], signature: GraphSignature, seed: int = 0
+) -> dict[str, Floats]:
     """The cache of a case's leading slots, taken from the texts.
 
     At padding slots stands noise, as large as the real values: attending to it must show.
     """
     rng = np.random.default_rng(seed)
     padding = ~case.counts[:, None, : case.given, None]
+    wanted = expected(case, known, signature).values
     cache = {}
-    for name, values in expected(case, known).presents.items():
-        part = values[:, :, : case.given]
+    for name in present_names(signature.num_layers):
+        part = wanted[name][:, :, : case.given]
         junk = (1 + float(np.abs(part).max())) * rng.standard_normal(part.shape)
         cache[name] = np.where(padding, junk, part).astype(np.float32)
     return cache

@@ -226,9 +226,19 @@ class Effect:
     limits: Mapping[str, Limit]
 
     @property
-    def logits(self) -> Difference:
-        """Of the logits."""
-        return self.differences[LOGITS]
+    def output(self) -> str:
+        """The output that stands for all: the logits, or the first one of a model without."""
+        return LOGITS if LOGITS in self.differences else next(iter(self.differences))
+
+    @property
+    def main(self) -> Difference:
+        """Of that output."""
+        return self.differences[self.output]
+
+    @property
+    def subject(self) -> str:
+        """That output in a sentence."""
+        return "the logits" if self.output == LOGITS else self.output
 
     @property
     def sensitivity(self) -> float:
@@ -247,9 +257,10 @@ class Effect:
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready form."""
         return {
-            "logits_max_abs": self.logits.max_abs,
-            "logits_mean_abs": self.logits.mean_abs,
-            "logits_relative_max": json_number(self.logits.relative_max),
+            "output": self.output,
+            "max_abs": self.main.max_abs,
+            "mean_abs": self.main.mean_abs,
+            "relative_max": json_number(self.main.relative_max),
             "sensitivity": json_number(self.sensitivity),
             "proves_nothing": self.is_blind,
         }

@@ -47,7 +47,7 @@ def _part(name: str, report: ParityReport) -> RenderableType:
 
 def _effect(effect: Effect) -> str:
     return (
-        f"The adapter changes the logits by up to {effect.logits.max_abs:.3g}; applied "
+        f"The adapter changes {effect.subject} by up to {effect.main.max_abs:.3g}; applied "
         f"{_percent(effect.sensitivity)} too strongly it would have failed."
     )
 

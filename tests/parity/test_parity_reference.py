@@ -156,13 +156,11 @@ def test_high_positions_read_the_models_own_table(base: BaseModel, model: LoRAMo
     reference = reference_of(base, model)
     positions = base.dims.max_positions
     ids = np.random.default_rng(0).integers(0, base.dims.vocab_size, positions)
-    full = read_text(reference, Text("full", ids)).presents["present.0.key"]
-    end = read_text(reference, Text("end", ids[-5:], start=positions - 5)).presents[
-        "present.0.key"
-    ]
+    full = read_text(reference, Text("full", ids)).values["present.0.key"]
+    end = read_text(reference, Text("end", ids[-5:], start=positions - 5)).values["present.0.key"]
     np.testing.assert_allclose(end, full[:, :, -5:], atol=2e-6)
     shifted = read_text(reference, Text("end", ids[-5:], start=positions - 6))
-    assert np.abs(shifted.presents["present.0.key"] - end).max() > 1e-2
+    assert np.abs(shifted.values["present.0.key"] - end).max() > 1e-2
 
 
 def test_outputs_can_be_chosen_and_inputs_are_checked(base: BaseModel, model: LoRAModel) -> None:

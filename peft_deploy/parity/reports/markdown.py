@@ -102,7 +102,7 @@ def _effect(report: ParityReport) -> str:
     if effect is None or effect.is_blind:
         return ""
     return (
-        f"The adapter changes the logits by up to {effect.logits.max_abs:.3g}; applied "
+        f"The adapter changes {effect.subject} by up to {effect.main.max_abs:.3g}; applied "
         f"{effect.sensitivity:.2g} of itself too strongly it would have failed."
     )
 
