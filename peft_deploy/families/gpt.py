@@ -25,9 +25,8 @@ _LAYER = "gpt.decoder.layers.{i}."
 _THEIRS = "transformer.h.{i}."
 _QKV = tuple(f"{_LAYER}self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj"))
 _FUSED = f"{_LAYER}self_attn.qkv_proj"
-_PLAIN = {
-    "norm1": "ln_1",
-    "norm2": "ln_2",
+_NORMS = {"norm1": "ln_1", "norm2": "ln_2"}
+_LINEARS = {
     "self_attn.out_proj": "attn.c_proj",
     "linear1": "mlp.c_fc",
     "linear2": "mlp.c_proj",
@@ -89,11 +88,21 @@ class GPT(DecoderFamily):
             *(NameRule(f"gpt.decoder.norm.{kind}", f"transformer.ln_f.{kind}") for kind in kinds),
             *(
                 NameRule(f"{_LAYER}{own}.{kind}", f"{_THEIRS}{theirs}.{kind}")
-                for own, theirs in _PLAIN.items()
+                for own, theirs in _NORMS.items()
                 for kind in kinds
             ),
             *(
-                NameRule(f"{n}.{kind}", f"{_THEIRS}attn.{_last(n)}.{kind}", paddle_only=True)
+                NameRule(f"{_LAYER}{own}.{kind}", f"{_THEIRS}{theirs}.{kind}", conv1d=True)
+                for own, theirs in _LINEARS.items()
+                for kind in kinds
+            ),
+            *(
+                NameRule(
+                    f"{n}.{kind}",
+                    f"{_THEIRS}attn.{n.rpartition('.')[2]}.{kind}",
+                    paddle_only=True,
+                    conv1d=True,
+                )
                 for n in projections
                 for kind in kinds
             ),
@@ -171,7 +180,3 @@ class GPT(DecoderFamily):
         from peft_deploy.families.standins.absolute import GPTStandIn
 
         return GPTStandIn(model)
-
-
-def _last(path: str) -> str:
-    return path.rpartition(".")[2]

@@ -17,12 +17,14 @@ class NameRule:
         transpose: torch's linear layers keep ``[out, in]``, Paddle's ``[in, out]``.
         paddle_only: Hugging Face's models have no such tensor (they keep the parts of a fused weight apart), and
             the name on that side is for graphs alone.
+        conv1d: a linear layer that Hugging Face's models keep as ``[in, out]``, too, as GPT-2's ``Conv1D``.
     """
 
     paddle: str
     huggingface: str
     transpose: bool = False
     paddle_only: bool = False
+    conv1d: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,13 +45,19 @@ class FusedRule:
 
 @dataclass(frozen=True)
 class MappedName:
-    """A name on the other side, whether the matrix has to be transposed on the way, and
-    :attr:`NameRule.paddle_only`.
+    """A name on the other side, whether the matrix has to be transposed on the way, and what the
+    :class:`NameRule` says of it.
     """
 
     name: str
     transpose: bool
     paddle_only: bool = False
+    conv1d: bool = False
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether it is a matrix of a linear layer, so that torch's Linear and Conv1D tell it from an embedding."""
+        return self.transpose or self.conv1d
 
 
 class NameMap:
@@ -72,7 +80,8 @@ class NameMap:
     ) -> None:
         self.rules = tuple(rules)
         self.rows = dict(rows or {})
-        self._fused = [(_pattern(rule.huggingface), rule.paddle) for rule in fused]
+        self.fused = tuple(fused)
+        self._fused = [(_pattern(rule.huggingface), rule.paddle) for rule in self.fused]
         self._ignored = [re.compile(pattern) for pattern in ignored]
         self._from_hf = [(_pattern(r.huggingface), r.paddle, r) for r in self.rules]
         self._from_paddle = [(_pattern(r.paddle), r.huggingface, r) for r in self.rules]
@@ -92,6 +101,12 @@ class NameMap:
                 index = match.group(1) if match.groups() else ""
                 return tuple(name.replace("{i}", index) for name in names)
         return ()
+
+    def linear_layers(self) -> list[str]:
+        """Templates of the linear layers in Hugging Face's models, fused ones as one; ``{i}`` is a layer's index."""
+        rules = [r for r in self.rules if (r.transpose or r.conv1d) and not r.paddle_only]
+        names = [*(r.huggingface for r in rules), *(r.huggingface for r in self.fused)]
+        return [n.removesuffix(".weight") for n in names if n.endswith(".weight")]
 
     def parameters(self, num_layers: int) -> set[str]:
         """PaddleNLP's names of all parameters of a model with so many layers."""
@@ -122,7 +137,8 @@ def _map(table: list[tuple[re.Pattern[str], str, NameRule]], name: str) -> Mappe
     for pattern, template, rule in table:
         if match := pattern.fullmatch(name):
             index = match.group(1) if match.groups() else ""
-            return MappedName(template.replace("{i}", index), rule.transpose, rule.paddle_only)
+            name = template.replace("{i}", index)
+            return MappedName(name, rule.transpose, rule.paddle_only, rule.conv1d)
     return None
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
 
 from peft_deploy.adapters.formats.adapter import Adapter
 from peft_deploy.adapters.formats.peft_config import PEFT_CONFIG_NAME
@@ -64,7 +67,10 @@ def read_peft(
 
 def _map_pairs(peft: PeftLora, names: NameMap) -> dict[str, LoraPair]:
     mapped = {module: names.to_paddle(f"{module}.weight") for module in peft.pairs}
-    unknown = [module for module, found in mapped.items() if found is None]
+    parts = {module: names.parts(f"{module}.weight") for module in peft.pairs}
+    unknown = [
+        m for m, found in mapped.items() if not parts[m] and (found is None or found.paddle_only)
+    ]
     if unknown:
         raise AdapterError(
             f"{peft.path} adapts modules that the base model's family does not have:\n{listed(unknown)}",
@@ -72,12 +78,12 @@ def _map_pairs(peft: PeftLora, names: NameMap) -> dict[str, LoraPair]:
         )
     pairs, wrong = {}, []
     for module, found in mapped.items():
-        assert found is not None
-        # a matrix that both keep the same way round is an embedding's, or a layer's with fan_in_fan_out
-        straight = module in peft.embeddings or peft.config.fan_in_fan_out
-        if (found.transpose and module in peft.embeddings) or not (found.transpose or straight):
+        if (found is None or found.is_linear) == (module in peft.embeddings):
             wrong.append(module)
-        pairs[found.name.removesuffix(".weight")] = peft.pairs[module]
+            continue
+        blocks = {found.name: peft.pairs[module]} if found else {}
+        for name, pair in (blocks or _split(peft.pairs[module], parts[module])).items():
+            pairs[name.removesuffix(".weight")] = pair
     if wrong:
         raise AdapterError(
             f"{peft.path} adapts as a linear layer what is an embedding, or the reverse:\n{listed(wrong)}"
@@ -85,16 +91,22 @@ def _map_pairs(peft: PeftLora, names: NameMap) -> dict[str, LoraPair]:
     return pairs
 
 
+def _split(pair: LoraPair, parts: tuple[str, ...]) -> dict[str, LoraPair]:
+    """One pair for each of the blocks of columns that a fused layer's output consists of; they share A."""
+    if pair.B.shape[1] % len(parts):
+        raise AdapterError(
+            f"lora_B gives {pair.B.shape[1]} outputs, which do not divide into {', '.join(parts)}"
+        )
+    blocks = np.split(pair.B, len(parts), axis=1)
+    return {part: replace(pair, B=B) for part, B in zip(parts, blocks, strict=True)}
+
+
 def _check_complete(peft: PeftLora, names: NameMap, num_layers: int | None) -> None:
     """PEFT leaves a target unchanged that the file does not hold; it is the file that is damaged then."""
     known = {module for module in peft.pairs if module not in peft.embeddings}
     indices = [int(part) for module in known for part in module.split(".") if part.isdigit()]
     layers = num_layers or max(indices, default=-1) + 1
-    templates = [
-        rule.huggingface.removesuffix(".weight")
-        for rule in names.rules
-        if rule.transpose and rule.huggingface.endswith(".weight")
-    ]
+    templates = names.linear_layers()
     modules = {t.replace("{i}", str(i)) for t in templates for i in range(max(layers, 1))}
     missing = [m for m in modules - known if peft.config.is_target(m)]
     if missing:

@@ -66,6 +66,7 @@ def write_peft(
     refuse_unmergeable(adapter)
     refuse_both(adapter.pairs, adapter.replacements, adapter.path)
     modules = huggingface_modules(adapter, names)
+    kept = _kept_as_they_are(adapter, names)
     saved = _saved(adapter, names, tied or {})
     state: dict[str, Array] = {}
     for module, (name, embedding) in modules.items():
@@ -79,6 +80,7 @@ def write_peft(
         **_ranks_and_alphas(adapter, pairs),
         "target_modules": _targets(pairs, names, num_layers),
         "modules_to_save": [name.removesuffix(".weight") for name in saved] or None,
+        "fan_in_fan_out": kept,
         "lora_dropout": adapter.config.lora_dropout,
         "base_model_name_or_path": adapter.config.base_model_name_or_path,
     }
@@ -119,6 +121,22 @@ def refuse_unmergeable(adapter: Adapter) -> None:
         )
 
 
+def _kept_as_they_are(adapter: Adapter, names: NameMap) -> bool:
+    """Whether Hugging Face's models keep the adapted linear layers as [in, out].
+
+    Raises:
+        AdapterError: modules that these models have only as part of others, or that they are parts of.
+    """
+    mapped = {module: names.to_huggingface(f"{module}.weight") for module in adapter.pairs}
+    without = [module for module, found in mapped.items() if found and found.paddle_only]
+    if without:
+        raise AdapterError(
+            f"{adapter.path} adapts modules that Hugging Face's models fuse or split:\n{listed(without)}",
+            hint="merge the adapter into the base model instead",
+        )
+    return any(found.conv1d for found in mapped.values() if found)
+
+
 def huggingface_modules(adapter: Adapter, names: NameMap) -> dict[str, tuple[str, bool]]:
     """For each adapted module Hugging Face's name, and whether it is an embedding.
 
@@ -133,9 +151,8 @@ def huggingface_modules(adapter: Adapter, names: NameMap) -> dict[str, tuple[str
             f"{listed(unknown)}",
             hint="is it an adapter of another model?",
         )
-    # Linear layers lie the other way round in torch; of the matrices that do not, embeddings are adapted.
     return {
-        module: (found.name.removesuffix(".weight"), not found.transpose)
+        module: (found.name.removesuffix(".weight"), not found.is_linear)
         for module, found in mapped.items()
         if found is not None
     }
