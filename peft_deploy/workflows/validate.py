@@ -12,6 +12,7 @@ from peft_deploy.config.export import RUNTIME
 from peft_deploy.errors import AdapterError, CheckpointError
 from peft_deploy.families import Family
 from peft_deploy.parity.cases import CaseMatrix, build_matrix
+from peft_deploy.parity.encoder_cases import EncoderSizes, build_encoder_matrix
 from peft_deploy.parity.gate import CheckOptions, check
 from peft_deploy.parity.generation import Prompt
 from peft_deploy.parity.oracle import Reference
@@ -105,6 +106,7 @@ def check_bundle(
         reference,
         runner,
         family.dims(config).max_positions,
+        encoder=None if reference.signature.past else EncoderSizes.of(family, config),
         provider=provider,
         seed=seed,
         progress=progress,
@@ -117,6 +119,7 @@ def check_runner(
     runner: Runner,
     max_positions: int,
     *,
+    encoder: EncoderSizes | None = None,
     provider: str = "cpu",
     seed: int = 0,
     progress: Progress | None = None,
@@ -128,15 +131,20 @@ def check_runner(
         reference: the model that was trained.
         runner: runs the bundle.
         max_positions: that a text can have.
+        encoder: more about a model without a cache, which generates nothing.
         provider: behind the runner, for the report.
         seed: of the random tokens.
         progress: gets a phase for the reference, the bundle and the generation.
     """
     tokenizer = Tokenizer.from_folder(folder) if (folder / _TOKENIZER).is_file() else None
     real_ids = None if tokenizer is None else tokenizer.encode(PASSAGE)
-    matrix = build_matrix(reference.signature, max_positions, real_ids=real_ids, seed=seed)
-    prompts = make_prompts(matrix, tokenizer)
-    room = max_positions - max(len(prompt.ids) for prompt in prompts)
+    signature, prompts = reference.signature, list[Prompt]()
+    if encoder is not None:
+        matrix = build_encoder_matrix(signature, encoder, real_ids=real_ids, seed=seed)
+    else:
+        matrix = build_matrix(signature, max_positions, real_ids=real_ids, seed=seed)
+        prompts = make_prompts(matrix, tokenizer)
+    room = max_positions - max((len(prompt.ids) for prompt in prompts), default=0)
     options = CheckOptions(
         seed=seed,
         real_text=tokenizer is not None,
