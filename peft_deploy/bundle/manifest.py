@@ -39,6 +39,8 @@ class Manifest:
             ``targets`` (module names), ``fingerprint``.
         files: file name in the bundle → SHA-256 of its contents.
         graph: node counts by operator and other facts about the graph.
+        layer: for a model that no family knows, what its user said of it
+            (:class:`~peft_deploy.config.layer_signature.LayerSignature`).
         parity: the result of the parity check, or None when the bundle was not validated.
     """
 
@@ -56,6 +58,7 @@ class Manifest:
     adapters: list[dict[str, Any]] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
     graph: dict[str, Any] = field(default_factory=dict)
+    layer: dict[str, Any] | None = None
     parity: dict[str, Any] | None = None
 
     def to_json(self) -> str:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import tempfile
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,6 +19,9 @@ from peft_deploy.convert.worker import CONSTANTS_FILE, NAMES_FILE, PROGRAM_FILE
 from peft_deploy.errors import ConversionError, listed
 from peft_deploy.weights import Array, contiguous_blocks
 from peft_deploy.weights.pdiparams import record_head
+
+if TYPE_CHECKING:
+    from peft_deploy.trace.program import TracedProgram
 
 
 class ParamsFile(WeightFile):
@@ -67,6 +74,27 @@ class StaticProgram:
     constants: Mapping[str, Array]
     operators: dict[str, int]
     versions: dict[str, str]
+
+    @classmethod
+    def of(cls, traced: TracedProgram, shapes: Mapping[str, tuple[int, ...]]) -> StaticProgram:
+        """A program that was traced in this process.
+
+        Args:
+            traced: under its own names.
+            shapes: of all of the model's weights.
+        """
+        with tempfile.TemporaryDirectory(prefix="peft-deploy-") as folder:
+            traced.save(Path(folder) / PROGRAM_FILE)
+            text = (Path(folder) / PROGRAM_FILE).read_text("utf-8")
+        operations = Counter(op.name() for op in traced.program.global_block().ops)
+        return cls(
+            text=text,
+            parameters=frozenset(traced.parameters),
+            shapes=dict(shapes),
+            constants=traced.constants,
+            operators=dict(operations),
+            versions={"paddlepaddle": version("paddlepaddle")},
+        )
 
     @classmethod
     def read(cls, folder: Path) -> StaticProgram:

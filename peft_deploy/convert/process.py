@@ -40,21 +40,33 @@ class ConversionJob:
         config: the model's config.json.
         opset: version of the default operator set to ask Paddle2ONNX for.
         format: ``"onnx"``, or ``"paddle"`` for the traced program itself.
+        traced: leaves a program that was traced already in the folder that it is given (see
+            :func:`~peft_deploy.convert.worker.leave_traced`); the configuration is not used then.
 
     Raises:
         MissingExtraError: Paddle, PaddleNLP or, for ONNX, Paddle2ONNX is not installed.
     """
 
-    def __init__(self, config: Mapping[str, Any], opset: int, format: str = ONNX) -> None:
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        opset: int,
+        format: str = ONNX,
+        *,
+        traced: Callable[[Path], None] | None = None,
+    ) -> None:
         converter = ("paddle2onnx",) if format == ONNX else ()
         for package in ("paddle", "paddlenlp", *converter):
             require(package, "paddle", "exporting a model")
         self._folder = Path(tempfile.mkdtemp(prefix="peft-deploy-"))
         request = {"config": dict(config), "opset": opset, "format": format}
+        request["traced"] = traced is not None
         self._format = format
         (self._folder / REQUEST_FILE).write_text(json.dumps(request), "utf-8")
         self._events, writing = os.pipe()
         try:
+            if traced is not None:
+                traced(self._folder)
             self._process = self._start(writing)
         except BaseException:
             os.close(self._events)

@@ -13,20 +13,27 @@ import json
 import os
 import sys
 from collections import defaultdict
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft_deploy.config.export import ONNX
-from peft_deploy.environment import import_paddlenlp_models, require_paddle
+from peft_deploy.environment import (
+    import_paddlenlp_models,
+    require_paddle,
+    require_paddle_inference,
+)
 from peft_deploy.errors import ConversionError, PeftDeployError
 
 if TYPE_CHECKING:
+    from peft_deploy.trace.preflight import OperatorUse
     from peft_deploy.trace.program import TracedProgram
 
 REQUEST_FILE = "request.json"
 ERROR_FILE = "error.json"
 PROGRAM_FILE = "program.json"
+OPERATORS_FILE = "operators.json"  # beside a program that was traced in another process
 GRAPH_FILE = "graph.onnx"
 NAMES_FILE = "names.json"
 CONSTANTS_FILE = "constants.npz"
@@ -50,11 +57,46 @@ def main(folder: Path, events: int) -> int:
     return 0
 
 
+def leave_traced(
+    folder: Path, traced: TracedProgram, shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Leaves a program for the child that was traced in another process.
+
+    Args:
+        folder: the child's.
+        traced: the program.
+        shapes: of all of the model's weights, by structured name.
+    """
+    traced.save(folder / PROGRAM_FILE)
+    uses = [use.to_dict() for use in traced.operators(folder / PROGRAM_FILE)]
+    (folder / OPERATORS_FILE).write_text(json.dumps(uses), "utf-8")
+    listed = {name: list(shape) for name, shape in shapes.items()}
+    _write_names(folder, traced, listed, ["paddlepaddle", "paddle2onnx"])
+
+
+def _convert_traced(folder: Path, opset: int, phase: Any) -> None:
+    from peft_deploy.trace.preflight import OperatorUse
+
+    phase("Importing Paddle2ONNX")
+    require_paddle_inference("exporting a model")
+    import paddle2onnx  # noqa: F401
+
+    phase("Checking operators")
+    uses = json.loads((folder / OPERATORS_FILE).read_text("utf-8"))
+    _check_operators([OperatorUse.from_dict(use) for use in uses])
+    phase("Converting to ONNX")
+    _make_graph(folder, opset)
+
+
 def _convert(folder: Path, request: dict[str, Any], phase: Any) -> None:
+    if request["traced"]:
+        _convert_traced(folder, request["opset"], phase)
+        return
     phase("Importing Paddle")
     require_paddle_models()
-    from peft_deploy.base.dygraph import build_skeleton, unique_parameters
+    from peft_deploy.base.dygraph import build_skeleton
     from peft_deploy.families import find_family
+    from peft_deploy.families.standins.parameters import unique_parameters
     from peft_deploy.trace.program import trace_model
 
     config = request["config"]
@@ -67,7 +109,7 @@ def _convert(folder: Path, request: dict[str, Any], phase: Any) -> None:
     if request["format"] == ONNX:
         traced.save(folder / PROGRAM_FILE)
         phase("Checking operators")
-        _check_operators(traced, folder / PROGRAM_FILE)
+        _check_operators(traced.operators(folder / PROGRAM_FILE))
         phase("Converting to ONNX")
         _make_graph(folder, request["opset"])
         packages.append("paddle2onnx")
@@ -78,12 +120,12 @@ def _convert(folder: Path, request: dict[str, Any], phase: Any) -> None:
     _write_names(folder, traced, shapes, packages)
 
 
-def _check_operators(traced: TracedProgram, saved: Path) -> None:
+def _check_operators(uses: list[OperatorUse]) -> None:
     from paddle2onnx.utils import get_all_supported_operators_pir
 
     from peft_deploy.trace.preflight import check_program
 
-    check_program(traced.operators(saved), get_all_supported_operators_pir())
+    check_program(uses, get_all_supported_operators_pir())
 
 
 def _make_graph(folder: Path, opset: int) -> None:

@@ -46,5 +46,6 @@ def find_family(config: Mapping[str, Any]) -> Family:
     raise UnsupportedModelError(
         f"no model family is registered for {asked}; "
         f"the known architectures are {', '.join(known_architectures())}",
-        hint=f"the closest is {close[0]}" if close else None,
+        hint=(f"the closest is {close[0]}; " if close else "")
+        + "export --signature FILE takes any model, by its own forward",
     )

@@ -154,11 +154,7 @@ def _leaves(returned: Any, who: str) -> Iterator[Tensor]:
 
 
 class _Flat(nn.Layer):  # type: ignore[misc]
-    """The layer with one list of inputs and one of outputs.
-
-    Every output is assigned once more: Paddle's saved programs take an output that is an input, or that an addition
-    makes of one, for that input.
-    """
+    """The layer with one list of inputs and one of outputs."""
 
     def __init__(self, layer: nn.Layer, signature: LayerSignature, named: bool) -> None:
         super().__init__()
@@ -168,8 +164,23 @@ class _Flat(nn.Layer):  # type: ignore[misc]
 
     def forward(self, inputs: list[Tensor]) -> list[Tensor]:
         """The layer's outputs."""
-        outputs = call_layer(self.layer, inputs, self.signature, self.named)
-        return [paddle.assign(output) for output in outputs]
+        outputs: list[Tensor] = _separate(
+            call_layer(self.layer, inputs, self.signature, self.named)
+        )
+        return outputs
+
+
+@paddle.jit.not_to_static  # type: ignore[untyped-decorator]
+def _separate(outputs: list[Tensor]) -> list[Tensor]:
+    """Assigned once more where Paddle's saved programs would take an output for another value: an input, what an
+    addition makes of one, or the same output twice.
+    """
+    separate: list[Tensor] = []
+    for output in outputs:
+        alike = any(output is other for other in separate)
+        risky = output.get_defining_op().name() in ("pd_op.data", "pd_op.scale")
+        separate.append(paddle.assign(output) if alike or risky else output)
+    return separate
 
 
 def _outputs(signature: LayerSignature, fetches: list[Any]) -> tuple[TensorSpec, ...]:

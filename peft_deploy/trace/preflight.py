@@ -21,6 +21,7 @@ from peft_deploy.trace.quirks import (
 )
 
 MAX_SHOWN = 5  # findings spelled out in one message
+_JUDGED_ATTRIBUTES = frozenset(attribute for attribute, _, _ in WRONG_ATTRIBUTES.values())
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,27 @@ class OperatorUse:
     locate: Callable[[], str] = str
     attributes: Mapping[str, Any] = field(default_factory=dict)
     float64_attributes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready form, its source line looked up."""
+        return {
+            "name": self.name,
+            "module": self.module,
+            "location": self.locate(),
+            "attributes": {k: v for k, v in self.attributes.items() if k in _JUDGED_ATTRIBUTES},
+            "float64_attributes": list(self.float64_attributes),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> OperatorUse:
+        """The inverse of :meth:`to_dict`."""
+        return cls(
+            name=data["name"],
+            module=data["module"],
+            locate=lambda: str(data["location"]),
+            attributes=data["attributes"],
+            float64_attributes=tuple(data["float64_attributes"]),
+        )
 
 
 @dataclass(frozen=True)

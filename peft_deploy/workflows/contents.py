@@ -53,7 +53,7 @@ def fill_bundle(
     tensors = source.merged(EXPORT_DTYPE)
     fingerprint = source.fingerprint()
     folder.require_space(sum(tensors.info(name).nbytes for name in tensors.names()))
-    with _weight_file(folder, options.format) as file:
+    with weight_file(folder, options.format) as file:
         stream_weights(tensors, file, clock)  # while the child traces
         converted = job.result(clock.phase)
         clock.phase("Finishing the graph")
@@ -70,7 +70,8 @@ def fill_bundle(
     return manifest
 
 
-def _weight_file(folder: BundleFolder, format: str) -> WeightFile:
+def weight_file(folder: BundleFolder, format: str) -> WeightFile:
+    """The file for a bundle's weights, open."""
     from peft_deploy.convert import ParamsFile, WeightFile
 
     if format == ONNX:

@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from peft_deploy.bundle import Manifest
 from peft_deploy.config.export import ONNX, RUNTIME, ExportOptions
+from peft_deploy.config.layer_signature import LayerSignature
+from peft_deploy.signature import GraphSignature
 from peft_deploy.workflows.sources import EXPORT_DTYPE, ExportSource, NamedAdapter
 
 if TYPE_CHECKING:
     from peft_deploy.convert import ConvertedGraph, StaticProgram
     from peft_deploy.weights import TensorSource
 
+LAYER = "layer"  # the model type of what no family knows
 _PACKAGES = ("peft-deploy", "onnx-ir", "onnxruntime", "numpy")
 
 
@@ -53,6 +56,48 @@ def describe(
         ],
         files=hashes,
         graph=graph,
+    )
+
+
+def describe_layer(
+    *,
+    names: tuple[str, str],
+    signature: GraphSignature,
+    layer: LayerSignature,
+    fingerprint: str,
+    adapter: NamedAdapter | None,
+    options: ExportOptions,
+    converted: ConvertedGraph | StaticProgram,
+    hashes: dict[str, str],
+    graph: dict[str, Any],
+) -> Manifest:
+    """The same for a bundle of a layer that no family knows.
+
+    Args:
+        names: of the base model, and of the layer's class.
+        signature: of the graph.
+        layer: what the user said of it.
+        fingerprint: of the weights without any adapter.
+        adapter: merged into them, if any.
+        options: of the export.
+        converted: what the converter's process made.
+        hashes: file → SHA-256.
+        graph: facts about the graph.
+    """
+    return Manifest(
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        versions=_versions() | converted.versions,
+        model_type=LAYER,
+        architecture=names[1],
+        signature=signature,
+        opset=options.opset if options.format == ONNX else None,
+        format=options.format,
+        precision="fp32",
+        base={"name": names[0], "layout": "memory", "fingerprint": fingerprint},
+        adapters=[] if adapter is None else [_adapter_entry(adapter, "merged")],
+        files=hashes,
+        graph=graph,
+        layer=layer.to_dict(),
     )
 
 

@@ -19,6 +19,7 @@ from peft_deploy.convert.lora_slots import AddLoraSlotsPass, Selection
 from peft_deploy.convert.prefix_slots import AddPrefixSlotsPass, slot_specs
 from peft_deploy.convert.weight_file import add_tables
 from peft_deploy.families import NameMap
+from peft_deploy.signature import GraphSignature
 from peft_deploy.workflows.sources import EXPORT_DTYPE, ExportSource
 
 
@@ -71,6 +72,29 @@ def finish_graph(
         facts["prefix_slots"] = [spec.name for spec in slot_specs(signature)]
         slots += facts["prefix_slots"]
     facts["operators"] = check_graph(converted.model, signature, opset, slots)
+    with disk_errors(file.output):
+        ir.save(converted.model, path)
+    return facts
+
+
+def finish_layer_graph(
+    converted: ConvertedGraph, signature: GraphSignature, file: WeightFile, opset: int, path: Path
+) -> dict[str, Any]:
+    """The same for a layer that no family knows, whose weights keep their own names.
+
+    Args:
+        converted: the graph as it came from the converter.
+        signature: of the graph.
+        file: holds the weights that it uses.
+        opset: what was asked for.
+        path: where the graph goes, beside the file.
+
+    Raises:
+        ConversionError: the graph is not what it should be.
+    """
+    removed = run_pipeline(converted, signature, NameMap([]))
+    bind_weights(converted, file, lambda parameter: parameter)
+    facts = {"removed": removed, "operators": check_graph(converted.model, signature, opset)}
     with disk_errors(file.output):
         ir.save(converted.model, path)
     return facts
