@@ -43,6 +43,12 @@ if TYPE_CHECKING:
     help="One rank for all slots, for runtimes that take no empty tensors.",
 )
 @click.option(
+    "--signature",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Inputs and outputs (JSON) of a model that no family knows; it is exported by its own forward.",
+)
+@click.option(
     "--output", required=True, type=click.Path(path_type=Path), help="The bundle's folder."
 )
 @click.option(
@@ -56,6 +62,23 @@ if TYPE_CHECKING:
     "--opset", type=int, default=DEFAULT_OPSET, show_default=True, help="ONNX operator set."
 )
 @click.option("--no-validate", is_flag=True, help="Leave out the check against the dynamic graph.")
+@click.option(
+    "--cases",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Prompts that the check covers, too: one a line, or .jsonl.",
+)
+@click.option(
+    "--record-reference",
+    is_flag=True,
+    help="Keep what Paddle says in the bundle, so that validate needs no --base.",
+)
+@click.option(
+    "--report",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Write the check's report as JSON, Markdown, JUnit XML and HTML.",
+)
 @click.option("--keep-failed", is_flag=True, help="Keep a bundle that failed the check.")
 @click.option("--force", is_flag=True, help="Replace the bundle that is there.")
 @click.option("--dry-run", is_flag=True, help="Check the inputs and say what would be done.")
@@ -67,10 +90,14 @@ def export_command(
     adapters: str | None,
     slots: str | None,
     slot_rank: int | None,
+    signature: Path | None,
     output: Path,
     format: str,
     opset: int,
     no_validate: bool,
+    cases: Path | None,
+    record_reference: bool,
+    report: Path | None,
     keep_failed: bool,
     force: bool,
     dry_run: bool,
@@ -103,13 +130,21 @@ def export_command(
         opset=opset,
         validate=not no_validate,
         keep_failed=keep_failed,
+        cases=cases,
+        record_reference=record_reference,
+        report=report,
         force=force,
         dry_run=dry_run,
     )
     try:
         with RichProgress() as progress:
             result = export(
-                base, output, adapter=adapter_folders, options=options, progress=progress
+                base,
+                output,
+                adapter=adapter_folders,
+                signature=signature,
+                options=options,
+                progress=progress,
             )
     except ParityError as exc:
         if exc.report is not None:

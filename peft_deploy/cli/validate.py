@@ -12,11 +12,25 @@ from peft_deploy.cli._common import common_options, emit_json, say
 @click.command("validate")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option(
-    "--base", required=True, metavar="DIR", help="The base model, or a name to download."
+    "--base",
+    metavar="DIR",
+    help="The base model, or a name to download; without it, the recorded reference is used.",
 )
-@click.option("--adapter", metavar="DIR", help="The LoRA adapter that was merged into the bundle.")
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="[NAME=]DIR",
+    help="An adapter that the bundle was made with; repeatable.",
+)
 @click.option("--provider", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random tokens.")
+@click.option(
+    "--cases",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Prompts to be checked, too: one a line, or .jsonl.",
+)
 @click.option(
     "--report",
     "report_folder",
@@ -27,16 +41,17 @@ from peft_deploy.cli._common import common_options, emit_json, say
 @common_options
 def validate_command(
     bundle: Path,
-    base: str,
-    adapter: str | None,
+    base: str | None,
+    adapters: tuple[str, ...],
     provider: str,
     seed: int,
+    cases: Path | None,
     report_folder: Path | None,
     as_json: bool,
 ) -> None:
-    """Check that a bundle computes what its base model and adapter compute in Paddle.
+    """Check that a bundle computes what its base model and adapters compute in Paddle.
 
-    Exit code 7 when it does not.
+    A bundle that was exported with --record-reference needs no --base, and no Paddle. Exit code 7 when it does not.
     """
     from peft_deploy.cli._progress import RichProgress
     from peft_deploy.errors import ParityError
@@ -48,7 +63,13 @@ def validate_command(
         check_report_folder(report_folder)
     with RichProgress() as progress:
         report = validate(
-            bundle, base, adapter=adapter, provider=provider, seed=seed, progress=progress
+            bundle,
+            base,
+            adapter=adapters or None,
+            provider=provider,
+            seed=seed,
+            cases=cases,
+            progress=progress,
         )
     if report_folder is not None:
         save_reports(report_folder, bundle, report)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from peft_deploy.errors import ConfigError
 
@@ -35,6 +36,10 @@ class ExportOptions:
         force: replace an output folder that is not empty.
         keep_failed: leave a bundle in place that failed the check, marked as failed in its manifest.
         dry_run: check everything that can be checked without tracing, and write nothing.
+        cases: a file of prompts that the check covers, too.
+        record_reference: keep what the dynamic graph says in the bundle, so that the check can be repeated without
+            Paddle and the base model.
+        report: a folder for the check's report.
 
     Raises:
         ConfigError: a value that cannot be used.
@@ -51,6 +56,9 @@ class ExportOptions:
     force: bool = False
     keep_failed: bool = False
     dry_run: bool = False
+    cases: Path | None = None
+    record_reference: bool = False
+    report: Path | None = None
 
     @property
     def keeps_adapters(self) -> bool:
@@ -80,6 +88,13 @@ class ExportOptions:
             )
         if self.keep_failed and not self.validate:
             raise ConfigError("--keep-failed needs the check that --no-validate leaves out")
+        of_check = {
+            "--cases": self.cases is not None,
+            "--record-reference": self.record_reference,
+            "--report": self.report is not None,
+        }
+        if wrong := [name for name, given in of_check.items() if given and not self.validate]:
+            raise ConfigError(f"{wrong[0]} needs the check that --no-validate leaves out")
 
     def _check_slots(self) -> None:
         if self.adapters not in (None, RUNTIME):

@@ -16,6 +16,7 @@ from peft_deploy.progress import Progress, Silent
 from peft_deploy.runtime import Session
 from peft_deploy.runtime.runner import Array
 from peft_deploy.signature import ATTENTION_MASK, INPUT_IDS, LOGITS, POSITION_IDS
+from peft_deploy.workflows.check_extras import CheckExtras
 from peft_deploy.workflows.sources import ExportSource
 
 PART = "adapter {}"  # of a report
@@ -30,6 +31,7 @@ def check_adapters(
     provider: str = "cpu",
     seed: int = 0,
     progress: Progress | None = None,
+    extras: CheckExtras | None = None,
 ) -> ParityReport:
     """The report of a bundle without adapters, joined by those with each of them.
 
@@ -43,6 +45,7 @@ def check_adapters(
         provider: what runs the bundle.
         seed: of the random tokens.
         progress: is told about every phase.
+        extras: what the check covers beyond its usual cases.
     """
     if not source.kept:
         return report
@@ -66,6 +69,7 @@ def check_adapters(
             provider=provider,
             seed=seed,
             progress=progress,
+            extras=extras,
         )
     off = _compare_off(before, _probe(session, seed))
     return replace(report, cases=(*report.cases, off), parts={**report.parts, **parts})

@@ -16,6 +16,7 @@ from peft_deploy.parity.report import ParityReport
 from peft_deploy.progress import Progress, Silent
 from peft_deploy.runtime import OnnxRunner, Runner, open_runner
 from peft_deploy.runtime.loaded_adapter import read_for_slots
+from peft_deploy.workflows.check_extras import CheckExtras
 from peft_deploy.workflows.prefixes import NamedPrefix, prefix_entries
 from peft_deploy.workflows.sources import ExportSource
 
@@ -34,6 +35,7 @@ def check_prefixes(
     provider: str = "cpu",
     seed: int = 0,
     progress: Progress | None = None,
+    extras: CheckExtras | None = None,
 ) -> ParityReport:
     """The report with one part for every prefix, and one more where it fills slots.
 
@@ -45,6 +47,7 @@ def check_prefixes(
         provider: what runs the bundle.
         seed: of the random tokens.
         progress: gets phases.
+        extras: what the check covers beyond its usual cases.
     """
     # Here, because of what validate imports in turn.
     from peft_deploy.workflows.validate import check_runner
@@ -53,7 +56,7 @@ def check_prefixes(
     for named in source.prefixes:
         reference = _reference(model, named, source)
         positions = source.family.dims(source.config).max_positions - named.prefix.num_tokens
-        for title, runner in _runners(folder, named, provider).items():
+        for title, runner in prefix_runners(folder, named.name, provider).items():
             (progress or Silent()).phase(f"Preparing the check with {title}")
             parts[title] = check_runner(
                 folder,
@@ -63,21 +66,31 @@ def check_prefixes(
                 provider=provider,
                 seed=seed,
                 progress=progress,
+                extras=extras,
             )
     return replace(report, parts=parts)
 
 
-def _runners(folder: Path, named: NamedPrefix, provider: str) -> dict[str, Runner]:
-    """The ways in which the bundle takes a prefix, from its own files."""
+def prefix_runners(folder: Path, name: str, provider: str) -> dict[str, Runner]:
+    """The ways in which the bundle takes a prefix, from its own files.
+
+    Args:
+        folder: the bundle.
+        name: of the prefix.
+        provider: what runs the bundle.
+
+    Returns:
+        Title in a report → what runs the bundle so.
+    """
     manifest = Manifest.read(folder)
     fingerprint = manifest.base["fingerprint"]
     runner = open_runner(folder, manifest.signature, provider=provider)
-    prefix = read_prefix_file(prefix_path(folder, named.name), manifest.signature, fingerprint)
-    title = f"prefix {named.name}"
+    prefix = read_prefix_file(prefix_path(folder, name), manifest.signature, fingerprint)
+    title = f"prefix {name}"
     runners: dict[str, Runner] = {title: PrefixedRunner(runner, prefix)}
-    path = adapter_path(folder, named.name)
+    path = adapter_path(folder, name)
     if isinstance(runner, OnnxRunner) and path.is_file():
-        loaded = read_for_slots(path, named.name, runner.slots, folder, fingerprint, provider)
+        loaded = read_for_slots(path, name, runner.slots, folder, fingerprint, provider)
         runners[f"{title} in slots"] = runner.with_slots(loaded.values())
     return runners
 
@@ -96,8 +109,7 @@ def _reference(model: nn.Layer, named: NamedPrefix, source: ExportSource) -> Pre
         parameter.stop_gradient = stop_gradient
     offset = named.prefix.position_offset
     reference = PrefixReference(prefixed, source.family, source.config, position_offset=offset)
-    if named.format is AdapterFormat.PADDLE:
-        reference.check_positions()
+    reference.check_forward(own_positions=named.format is AdapterFormat.PADDLE)
     return reference
 
 

@@ -6,15 +6,17 @@ import resource
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from peft_deploy.base import BaseModel, open_base
 from peft_deploy.bundle import BundleFolder, Manifest
 from peft_deploy.bundle.folder import check_output
 from peft_deploy.config.export import ExportOptions
 from peft_deploy.convert import ConversionJob
+from peft_deploy.environment import require_paddle
 from peft_deploy.errors import ConfigError, ParityError
 from peft_deploy.progress import Progress, Silent
+from peft_deploy.workflows.check_extras import CheckExtras, plan_extras
 from peft_deploy.workflows.contents import fill_bundle
 from peft_deploy.workflows.description import plan_lines
 from peft_deploy.workflows.kept_adapters import check_keepable
@@ -31,7 +33,10 @@ from peft_deploy.workflows.sources import (
 if TYPE_CHECKING:
     from paddle import nn
 
+    from peft_deploy.config.layer_signature import LayerSignature
     from peft_deploy.parity import ParityReport
+
+    Signature = LayerSignature | str | Path | dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,7 @@ def export(
     *,
     adapter: Adapters = None,
     tokenizer: str | Path | None = None,
+    signature: Signature | None = None,
     options: ExportOptions | None = None,
     progress: Progress | None = None,
 ) -> ExportResult:
@@ -73,6 +79,10 @@ def export(
         adapter: the adapter's folder, or ``NAME=FOLDER``, or several: LoRA and prefixes; not for a model in memory,
             which brings its own. More than one LoRA adapter needs ``ExportOptions(adapters="runtime")``.
         tokenizer: a folder with tokenizer files; for a model in memory.
+        signature: inputs and outputs of a model that no family knows: a
+            :class:`~peft_deploy.config.layer_signature.LayerSignature`, its JSON form, or a file with that.
+            ``base`` can then be any ``paddle.nn.Layer`` or a ``LoRAModel`` around one, or a folder with a model of
+            PaddleNLP's; it is exported by its own forward.
         options: how; defaults are those of the command line.
         progress: is told about every phase.
 
@@ -86,6 +96,11 @@ def export(
     options, clock = options or ExportOptions(), PhaseClock(progress or Silent())
     output = Path(output).expanduser()
     check_output(output, force=options.force)
+    if signature is not None:
+        manifest, report, plan = _export_layer(
+            base, output, adapter, tokenizer, signature, options, clock
+        )
+        return ExportResult(output, manifest, report, clock.done(), _peak(), plan)
     clock.phase("Reading names and shapes")
     base = open_base(base) if isinstance(base, str | Path) else base
     _check_combination(base, adapter, options)
@@ -101,19 +116,54 @@ def export(
         source = _source(base, adapter, tokenizer, options)
         if not early:
             job = stack.enter_context(ConversionJob(source.config, options.opset, options.format))
+        extras = plan_extras(options, source)
         folder = stack.enter_context(BundleFolder(output, force=options.force))
         manifest = fill_bundle(folder, source, job, options, clock)
         report = None
         if options.validate:
-            manifest, report = _validate(folder, source, manifest, clock)
-            if not report.passed and not options.keep_failed:
-                raise ParityError(
-                    f"the exported model does not compute what was trained: {report.summary()}",
-                    hint="nothing was left behind; --keep-failed keeps the bundle for a closer look",
-                    report=report,
-                )
+            manifest, report = _validate(folder, source, manifest, options, extras, clock)
+            _require_passed(report, options)
         folder.commit()
     return ExportResult(output, manifest, report, clock.done(), _peak())
+
+
+def _require_passed(report: ParityReport, options: ExportOptions) -> None:
+    if not report.passed and not options.keep_failed:
+        raise ParityError(
+            f"the exported model does not compute what was trained: {report.summary()}",
+            hint="nothing was left behind; --keep-failed keeps the bundle for a closer look",
+            report=report,
+        )
+
+
+def _export_layer(
+    base: str | Path | BaseModel | nn.Layer,
+    output: Path,
+    adapter: Adapters,
+    tokenizer: str | Path | None,
+    signature: Signature,
+    options: ExportOptions,
+    clock: PhaseClock,
+) -> tuple[Manifest | None, ParityReport | None, list[str]]:
+    """A model that no family knows."""
+    require_paddle("exporting a model by its own forward")
+    from peft_deploy.workflows.export_layer import export_layer
+    from peft_deploy.workflows.layer_source import check_layer_options, layer_source, plan_layer
+
+    check_layer_options(options, adapter)
+    source = layer_source(base, signature, adapter, tokenizer, clock)
+    if options.dry_run:
+        return None, None, plan_layer(source)
+    with BundleFolder(output, force=options.force) as folder:
+        manifest, report = export_layer(folder, source, options, clock)
+        if report is not None:
+            if options.report is not None:
+                from peft_deploy.workflows.parity_reports import save_reports
+
+                save_reports(options.report, folder.path, report, name=output.resolve().name)
+            _require_passed(report, options)
+        folder.commit()
+    return manifest, report, []
 
 
 def _check_combination(
@@ -151,20 +201,33 @@ def _source(
 
 
 def _validate(
-    folder: BundleFolder, source: ExportSource, manifest: Manifest, clock: PhaseClock
+    folder: BundleFolder,
+    source: ExportSource,
+    manifest: Manifest,
+    options: ExportOptions,
+    extras: CheckExtras,
+    clock: PhaseClock,
 ) -> tuple[Manifest, ParityReport]:
     clock.phase("Preparing the check")
     from peft_deploy.workflows.check_adapters import check_adapters
     from peft_deploy.workflows.check_prefixes import check_prefixes
+    from peft_deploy.workflows.parity_reports import save_reports
+    from peft_deploy.workflows.recorded_reference import keep_recordings
     from peft_deploy.workflows.validate import check_bundle
 
     reference = source.load_reference(clock)
-    report = check_bundle(folder.path, reference, source.family, source.config, progress=clock)
-    report = check_prefixes(report, folder.path, reference, source, progress=clock)
+    report = check_bundle(
+        folder.path, reference, source.family, source.config, progress=clock, extras=extras
+    )
+    report = check_prefixes(report, folder.path, reference, source, progress=clock, extras=extras)
     del reference  # the check of an adapter loads a model of its own
-    report = check_adapters(report, folder.path, source, progress=clock)
+    report = check_adapters(report, folder.path, source, progress=clock, extras=extras)
+    if options.record_reference and report.passed:
+        manifest = keep_recordings(folder, manifest, report, extras.recordings)
     manifest = replace(manifest, parity=report.to_dict())
     folder.seal(manifest)
+    if options.report is not None:
+        save_reports(options.report, folder.path, report, name=folder.output.resolve().name)
     return manifest, report
 
 

@@ -9,12 +9,18 @@ from typing import TYPE_CHECKING, Any
 from peft_deploy.base import BaseModel
 from peft_deploy.bundle import Manifest
 from peft_deploy.config.export import RUNTIME
-from peft_deploy.errors import AdapterError, CheckpointError
+from peft_deploy.environment import require_paddle
+from peft_deploy.errors import AdapterError, CheckpointError, ConfigError
 from peft_deploy.families import Family
 from peft_deploy.parity.cases import CaseMatrix, build_matrix
 from peft_deploy.parity.encoder_cases import EncoderSizes, build_encoder_matrix
-from peft_deploy.parity.gate import CheckOptions, check
-from peft_deploy.parity.generation import Prompt
+from peft_deploy.parity.gate import (
+    CheckOptions,
+    check_expectation,
+    logits_dtype,
+    measure_reference,
+)
+from peft_deploy.parity.generation import IntArray, Prompt, Scores, score_tokens
 from peft_deploy.parity.oracle import Reference
 from peft_deploy.parity.passages import PASSAGE, PROMPTS
 from peft_deploy.parity.report import ParityReport
@@ -22,7 +28,9 @@ from peft_deploy.progress import Progress, Silent
 from peft_deploy.runtime import Runner, open_runner
 from peft_deploy.text import Tokenizer
 from peft_deploy.workflows.check_adapters import check_adapter_origin, check_adapters
+from peft_deploy.workflows.check_extras import CheckExtras, read_cases
 from peft_deploy.workflows.check_prefixes import check_prefix_origin, check_prefixes
+from peft_deploy.workflows.recorded_reference import check_recorded, read_recordings
 from peft_deploy.workflows.sources import Adapters, ExportSource, from_folders
 
 if TYPE_CHECKING:
@@ -34,25 +42,33 @@ _TOKENIZER = "tokenizer.json"
 
 def validate(
     bundle: str | Path,
-    base: str | Path | BaseModel,
+    base: str | Path | BaseModel | nn.Layer | None = None,
     *,
     adapter: Adapters = None,
     provider: str = "cpu",
     seed: int = 0,
+    cases: str | Path | None = None,
     progress: Progress | None = None,
 ) -> ParityReport:
     """Checks a bundle against the folders that it was made of. A bundle that fails is no error.
 
+    Without a base model, what was recorded at the export takes its place; that needs no Paddle.
+
     Args:
         bundle: the bundle's folder.
-        base: the base model's folder, or a name that PaddleNLP can download.
+        base: the base model's folder, or a name that PaddleNLP can download; None for the recorded reference. For
+            a bundle of a layer, the layer or the ``LoRAModel`` around it.
         adapter: the folders of the adapters that the bundle was made with, if any.
         provider: what runs the bundle, ``"cpu"`` or ``"cuda"``.
         seed: of the random tokens.
+        cases: a file of prompts that are to be checked, too: one a line, or a ``.jsonl`` of objects with a
+            ``prompt`` or with ``ids``.
         progress: is told about every phase.
 
     Raises:
-        BundleError: the folder is no bundle, or not what its manifest says.
+        BundleError: the folder is no bundle, or not what its manifest says; or without a base model, nothing was
+            recorded.
+        ConfigError: the cases cannot be used; or without a base model, an adapter, a seed or cases were given.
         CheckpointError: the base model is not the one that the bundle was made of.
         AdapterError: likewise the adapter.
 
@@ -64,16 +80,49 @@ def validate(
     """
     folder, progress = Path(bundle).expanduser(), progress or Silent()
     manifest = Manifest.read(folder)
+    if base is None:
+        _check_recorded_options(adapter, seed, cases)
+        recordings = read_recordings(folder, manifest)
+        return check_recorded(folder, manifest, recordings, provider=provider, progress=progress)
+    if manifest.layer is not None:
+        if cases is not None:
+            raise ConfigError("cases are prompts, and the bundle is not of a language model")
+        require_paddle("checking a bundle against its model")
+        from peft_deploy.workflows.validate_layer import validate_layer
+
+        return validate_layer(
+            folder, manifest, base, adapter, provider=provider, seed=seed, progress=progress
+        )
+    if not isinstance(base, str | Path | BaseModel):
+        raise ConfigError(
+            f"a {type(base).__name__} in memory can only be checked against a bundle that was made of a layer",
+            hint="give the base model's folder",
+        )
+    extras = CheckExtras([] if cases is None else read_cases(Path(cases), folder))
     kept = any(entry.get("mode") == RUNTIME for entry in manifest.adapters)
     source = from_folders(base, adapter, keep=kept)
     progress.phase("Comparing fingerprints")
     check_origin(manifest, source)
     model = source.load_reference(progress)
-    options: dict[str, Any] = {"provider": provider, "seed": seed, "progress": progress}
+    options: dict[str, Any] = {
+        "provider": provider,
+        "seed": seed,
+        "progress": progress,
+        "extras": extras,
+    }
     report = check_bundle(folder, model, source.family, source.config, **options)
     report = check_prefixes(report, folder, model, source, **options)
     del model  # the check of an adapter loads a model of its own
     return check_adapters(report, folder, source, **options)
+
+
+def _check_recorded_options(adapter: Adapters, seed: int, cases: str | Path | None) -> None:
+    given = {"an adapter": adapter is not None, "a seed": seed != 0, "cases": cases is not None}
+    if wrong := [name for name, value in given.items() if value]:
+        raise ConfigError(
+            f"{wrong[0]} can only be used with the base model; without it the check is the one that was recorded",
+            hint="add --base with the base model's folder",
+        )
 
 
 def check_bundle(
@@ -85,6 +134,7 @@ def check_bundle(
     provider: str = "cpu",
     seed: int = 0,
     progress: Progress | None = None,
+    extras: CheckExtras | None = None,
 ) -> ParityReport:
     """Checks a bundle against a model in memory.
 
@@ -96,6 +146,7 @@ def check_bundle(
         provider: what runs the bundle.
         seed: of the random tokens.
         progress: gets a phase for the reference, the bundle and the generation.
+        extras: what the check covers beyond its usual cases.
     """
     from peft_deploy.parity.reference import PaddleReference
 
@@ -110,6 +161,7 @@ def check_bundle(
         provider=provider,
         seed=seed,
         progress=progress,
+        extras=extras,
     )
 
 
@@ -123,6 +175,7 @@ def check_runner(
     provider: str = "cpu",
     seed: int = 0,
     progress: Progress | None = None,
+    extras: CheckExtras | None = None,
 ) -> ParityReport:
     """Checks whatever runs a bundle against a reference.
 
@@ -135,6 +188,7 @@ def check_runner(
         provider: behind the runner, for the report.
         seed: of the random tokens.
         progress: gets a phase for the reference, the bundle and the generation.
+        extras: what the check covers beyond its usual cases.
     """
     tokenizer = Tokenizer.from_folder(folder) if (folder / _TOKENIZER).is_file() else None
     real_ids = None if tokenizer is None else tokenizer.encode(PASSAGE)
@@ -151,7 +205,23 @@ def check_runner(
         new_tokens=min(NEW_TOKENS, room),
         provider=provider,
     )
-    return check(reference, runner, matrix, prompts, options=options, progress=progress)
+    extras = extras or CheckExtras()
+    scores: list[Scores] = []
+    matrix, prompts = extras.added(matrix, prompts, reference.signature, max_positions, options)
+
+    def judge(prompt: Prompt, tokens: IntArray) -> Scores:
+        scores.append(score_tokens(reference, prompt, tokens))
+        return scores[-1]
+
+    progress = progress or Silent()
+    expectation = measure_reference(
+        reference, matrix, dtype=logits_dtype(runner), progress=progress
+    )
+    report = check_expectation(
+        expectation, runner, prompts, judge, options=options, progress=progress
+    )
+    extras.keep(expectation, prompts, scores, options)
+    return report
 
 
 def make_prompts(matrix: CaseMatrix, tokenizer: Tokenizer | None) -> list[Prompt]:
