@@ -147,13 +147,14 @@ def _compare_base(base: BaseModel, adapter: PrefixAdapter) -> None:
     provenance = adapter.provenance
     if provenance is None or provenance.base_fingerprint == base.fingerprint:
         return
-    known = set(base.tensors.names())
+    known, tied = set(base.tensors.names()), base.tensors.tied
     other = []
     for name, sample in provenance.base_weights.items():
-        if name not in known:
+        stored = tied.get(name, name)
+        if stored not in known:
             other.append(name)
             continue
-        now = WeightSample.of(base.tensors.read(name))
+        now = WeightSample.of(base.tensors.read(stored))
         unit = ROUNDING.get(sample.dtype, 0.0) + ROUNDING.get(now.dtype, 0.0)
         if len(now.values) != len(sample.values) or any(
             abs(a - b) > unit * abs(a) + 1e-12

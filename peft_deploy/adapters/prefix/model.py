@@ -17,7 +17,12 @@ from peft_deploy.adapters.prefix.encoder import build_encoder, past_split
 from peft_deploy.adapters.prefix.errors import PrefixInputError, UnsupportedPrefixModelError
 from peft_deploy.adapters.prefix.generation import generation_view, token_mask
 from peft_deploy.adapters.prefix.inputs import PadMask, PrefixInputs, is_empty
-from peft_deploy.adapters.prefix.postprocess import Postprocess, postprocess_for
+from peft_deploy.adapters.prefix.postprocess import (
+    Past,
+    Postprocess,
+    arrange_past,
+    postprocess_for,
+)
 from peft_deploy.adapters.prefix.prefix_files import load_into, save_prefix
 from peft_deploy.adapters.prefix.sizes import resolve_config
 from peft_deploy.adapters.prefix.state import load_state
@@ -245,14 +250,22 @@ class PrefixModelForCausalLM(ModelWrapper):
         if main:  # every data-parallel rank holds the same prefix
             save_prefix(self, Path(save_directory), variant)
 
+    def prefix_past(self) -> Past:
+        """The prefix's keys and values in the layout of bundles: L pairs of [1, K, P, D]."""
+        return arrange_past(self._encoded(1), "BKSD")
+
     def _get_past_key_values(self, batch_size: int) -> Any:
         """The prefix as the model takes it, for every row of a batch."""
+        return self.postprocess_past_key_value(self._encoded(batch_size))
+
+    def _encoded(self, batch_size: int) -> paddle.Tensor:
+        """Keys and values of all layers, [B, P, 2·L, K, D], in the model's own type."""
         tokens = self.prefix_tokens.unsqueeze(0).expand([batch_size, -1])
         past = self.prefix_encoder(tokens)  # [B, P, 2·L·K·D]
         own = next(iter(self.model.named_parameters()))[1].dtype
         if dtype_name(self.prefix_encoder[0].weight) != str(own).rpartition(".")[2]:
             past = past.astype(own)
-        return self.postprocess_past_key_value(past.reshape([-1, *self._split]))
+        return past.reshape([-1, *self._split])
 
     def _with_prefix(
         self, shape: list[int], attention_mask: paddle.Tensor | None, past: Any
