@@ -10,18 +10,23 @@ from collections.abc import Mapping
 
 from peft_deploy.errors import ExecutionError, listed
 from peft_deploy.runtime.runner import Array
-from peft_deploy.signature import INPUT_IDS, POSITION_IDS, GraphSignature, TensorSpec
-
-_INDICES = (INPUT_IDS, POSITION_IDS)  # a Gather takes a negative index as counted from the end
+from peft_deploy.signature import INPUT_IDS, LOGITS, POSITION_IDS, GraphSignature, TensorSpec
 
 
-def check_feeds(signature: GraphSignature, feeds: Mapping[str, Array]) -> None:
+def check_feeds(
+    signature: GraphSignature, feeds: Mapping[str, Array], positions: int | None = None
+) -> None:
     """Passes when the feeds are what the signature asks for.
+
+    Args:
+        signature: of the graph.
+        feeds: the inputs by name.
+        positions: how many positions the model has; None when that is not known.
 
     Raises:
         ExecutionError: a missing or unexpected name, a wrong dtype or rank, a dimension that is
-            not the static one or not the same for every input that shares its symbol, or a
-            negative index.
+            not the static one or not the same for every input that shares its symbol, or an
+            index outside its table.
     """
     _check_names(signature, feeds)
     sizes: dict[str, tuple[int, str]] = {}  # symbol → size, input that fixed it
@@ -39,20 +44,46 @@ def check_feeds(signature: GraphSignature, feeds: Mapping[str, Array]) -> None:
                     )
     for spec in signature.inputs:
         _check_sums(spec, feeds[spec.name], sizes)
-    check_indices(feeds)
+    check_indices(signature, feeds, positions)
 
 
-def check_indices(feeds: Mapping[str, Array]) -> None:
-    """Passes when no token id and no position is negative: a graph would count those from the end.
+def check_indices(
+    signature: GraphSignature, feeds: Mapping[str, Array], positions: int | None = None
+) -> None:
+    """Passes when every token id and every position is one that the model has.
+
+    A graph counts negative ones from the end of its table. What it makes of those past the end is
+    up to the provider: an error on the CPU, zeros on a GPU.
+
+    Args:
+        signature: of the graph.
+        feeds: the inputs by name.
+        positions: how many positions the model has; None when that is not known.
 
     Raises:
-        ExecutionError: one of them is.
+        ExecutionError: one of them is not.
     """
-    for name in _INDICES:
-        if name in feeds and feeds[name].size and int(feeds[name].min()) < 0:
+    limits = {INPUT_IDS: _vocabulary(signature), POSITION_IDS: positions}
+    for name, limit in limits.items():
+        if name not in feeds or not feeds[name].size:
+            continue
+        lowest, highest = int(feeds[name].min()), int(feeds[name].max())
+        if lowest < 0:
             raise ExecutionError(
-                f"input {name} holds the negative value {int(feeds[name].min())}; it counts from 0"
+                f"input {name} holds the negative value {lowest}; it counts from 0"
             )
+        if limit is not None and highest >= limit:
+            raise ExecutionError(
+                f"input {name} holds the value {highest}; the last that the model has is {limit - 1}"
+            )
+
+
+def _vocabulary(signature: GraphSignature) -> int | None:
+    """How many tokens a decoder knows; None for other models, whose logits are of something else."""
+    for spec in signature.outputs if signature.past else ():
+        if spec.name == LOGITS and isinstance(spec.dims[-1], int):
+            return spec.dims[-1]
+    return None
 
 
 def _check_names(signature: GraphSignature, feeds: Mapping[str, Array]) -> None:

@@ -55,9 +55,12 @@ class OnnxRunner:
         threads: int | None = None,
     ) -> None:
         path = Path(model)
+        self._positions: int | None = None
         if path.is_dir():
-            if signature is None and (path / MANIFEST).is_file():
-                signature = Manifest.read(path).signature
+            if (path / MANIFEST).is_file():
+                manifest = Manifest.read(path)
+                signature = signature or manifest.signature
+                self._positions = manifest.context_length
             path = path / MODEL
         if not path.is_file():
             raise BundleError(f"there is no model at {path}")
@@ -110,7 +113,7 @@ class OnnxRunner:
                 f"the graph has no such outputs:\n{listed(unknown)}\nits outputs "
                 f"are:\n{listed(known)}"
             )
-        check_feeds(self._signature, feeds)
+        check_feeds(self._signature, feeds, self._positions)
         values = {name: to_ort(array, "cpu") for name, array in feeds.items()}
         results = self._run(values, dict.fromkeys(names, "cpu"))
         return {name: to_numpy(value) for name, value in results.items()}
@@ -129,9 +132,10 @@ class OnnxRunner:
         copied.
 
         Raises:
-            ExecutionError: a negative token id or position, or onnxruntime failed.
+            ExecutionError: a token id or position that the model does not have, or onnxruntime
+                failed.
         """
-        check_indices(feeds)
+        check_indices(self._signature, feeds, self._positions)
         values = {name: to_ort(array, "cpu") for name, array in feeds.items()}
         values.update(zip(self._past, cache.values, strict=True))
         places = {LOGITS: "cpu", **dict.fromkeys(self._present, self.provider)}

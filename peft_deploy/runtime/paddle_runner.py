@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,11 @@ import numpy as np
 
 from peft_deploy.bundle.manifest import MANIFEST, PARAMS, PROGRAM, Manifest
 from peft_deploy.environment import available_cores, debugging, require_paddle_inference
-from peft_deploy.errors import BundleError, CheckpointError, ConfigError, ExecutionError, listed
+from peft_deploy.errors import BundleError, ConfigError, ExecutionError, listed
 from peft_deploy.runtime.feeds import check_feeds
+from peft_deploy.runtime.program_file import check_weights
 from peft_deploy.runtime.runner import Array
 from peft_deploy.signature import GraphSignature
-from peft_deploy.weights.pdiparams import read_records
 
 PROVIDERS = ("cpu", "cuda")
 _GPU_POOL_MB = 256  # what Paddle reserves at once; it grows by itself
@@ -49,10 +48,13 @@ class PaddleRunner:
         folder = Path(folder)
         self.path = folder / PROGRAM
         self.provider = provider
+        self._positions: int | None = None
+        if (folder / MANIFEST).is_file():
+            manifest = Manifest.read(folder)
+            signature = signature or manifest.signature
+            self._positions = manifest.context_length
         if signature is None:
-            if not (folder / MANIFEST).is_file():
-                raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}")
-            signature = Manifest.read(folder).signature
+            raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}")
         self._signature = signature
         self._predictor = _open(folder, provider, threads)
         for kind, promised, declared in (
@@ -84,7 +86,7 @@ class PaddleRunner:
                 f"the program has no such outputs:\n{listed(unknown)}\nits outputs "
                 f"are:\n{listed(known)}"
             )
-        check_feeds(self._signature, feeds)
+        check_feeds(self._signature, feeds, self._positions)
         try:
             for name, array in feeds.items():
                 self._predictor.get_input_handle(name).copy_from_cpu(np.ascontiguousarray(array))
@@ -103,7 +105,7 @@ def _open(folder: Path, provider: str, threads: int | None) -> Any:
     for file in (program, params):
         if not file.is_file():
             raise BundleError(f"there is no model at {file}")
-    _check_weights(program, params)
+    check_weights(program, params)
     require_paddle_inference()
     import paddle
     from paddle import inference
@@ -127,38 +129,6 @@ def _open(folder: Path, provider: str, threads: int | None) -> Any:
         return inference.create_predictor(config)
     except Exception as exc:  # Paddle's errors have no common base of their own
         raise ExecutionError(f"Paddle cannot load {program}: {_reason(exc)}") from exc
-
-
-def _check_weights(program: Path, params: Path) -> None:
-    """Paddle gives the file's tensors to the program's sorted names without looking whether they fit.
-
-    Raises:
-        BundleError: they do not.
-    """
-    try:
-        operations = json.loads(program.read_text("utf-8"))["program"]["regions"][0]["blocks"][0]
-        wanted = sorted(
-            (op["A"][3], tuple(op["O"]["TT"]["D"][1]))
-            for op in operations["ops"]
-            if op["#"] == "p"
-        )
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as exc:
-        raise BundleError(f"{program} is not a program of Paddle's, or is damaged: {exc}") from exc
-    try:
-        found = [record.shape for record in read_records(params)]
-    except CheckpointError as exc:
-        raise BundleError(exc.message, hint="get the bundle again, or export it again") from exc
-    if len(found) != len(wanted):
-        raise BundleError(
-            f"{params} holds {len(found)} tensors; {program.name} uses {len(wanted)}",
-            hint="the two files are of different bundles",
-        )
-    for (name, shape), have in zip(wanted, found, strict=True):
-        if shape != have:
-            raise BundleError(
-                f"{params} holds {list(have)} where {program.name} uses {name} {list(shape)}",
-                hint="the two files are of different bundles",
-            )
 
 
 def _reason(exc: Exception) -> str:

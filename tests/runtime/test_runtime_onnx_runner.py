@@ -11,6 +11,7 @@ import pytest
 import tiny_graph
 from onnx import TensorProto, helper
 
+from peft_deploy.bundle import MODEL
 from peft_deploy.errors import BundleError, ConfigError, ExecutionError, MissingExtraError
 from peft_deploy.runtime import ArrayCaching, CachingRunner, OnnxRunner
 from peft_deploy.signature import GraphSignature, TensorSpec
@@ -93,6 +94,14 @@ def test_steps_with_the_cache_on_the_device_equal_one_run(runner: OnnxRunner) ->
         ({"attention_mask": np.ones((1, 2), np.int64)}, r"must be 5 \(past = 3 in .*sequence = 2"),
         ({"position_ids": np.zeros((2, 2), np.int64)}, "batch = 2.*input_ids has batch = 1"),
         ({"input_ids": np.array([[4, -1]])}, "negative value -1"),
+        (
+            {"input_ids": np.array([[4, tiny_graph.VOCAB]])},
+            f"input_ids holds the value {tiny_graph.VOCAB}; .* {tiny_graph.VOCAB - 1}",
+        ),
+        (
+            {"position_ids": np.array([[0, tiny_graph.MAX_POSITIONS]])},
+            f"position_ids holds the value {tiny_graph.MAX_POSITIONS}; .* {tiny_graph.MAX_POSITIONS - 1}",
+        ),
     ],
 )
 def test_feeds_that_do_not_fit_are_named(
@@ -110,10 +119,13 @@ def test_unknown_output_is_named(runner: OnnxRunner) -> None:
 
 
 def test_the_reason_that_onnxruntime_gives_is_kept_and_its_log_is_not_shown(
-    runner: OnnxRunner, capfd: pytest.CaptureFixture[str]
+    bundle: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(ExecutionError, match=rf"model\.onnx: .*{tiny_graph.VOCAB + 5}") as caught:
-        runner.run(feeds([tiny_graph.VOCAB + 5]))
+    lone = OnnxRunner(bundle / MODEL, threads=1)  # which says nothing of how many positions it has
+    past_the_end = tiny_graph.MAX_POSITIONS + 5
+    given = {**feeds([1]), "position_ids": np.array([[past_the_end]])}
+    with pytest.raises(ExecutionError, match=rf"model\.onnx: .*{past_the_end}") as caught:
+        lone.run(given)
     assert "[ONNXRuntimeError]" not in str(caught.value)
     assert caught.value.__cause__ is not None
     assert capfd.readouterr() == ("", "")
