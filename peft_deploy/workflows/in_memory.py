@@ -11,10 +11,10 @@ from paddle import nn
 
 from peft_deploy.adapters.lora import LoRAModel
 from peft_deploy.adapters.lora.views import adapter_of, base_value, is_disabled
-from peft_deploy.base.dygraph import unique_parameters
 from peft_deploy.base.folder import companions_in
 from peft_deploy.errors import AdapterError, ConfigError
 from peft_deploy.families import find_family
+from peft_deploy.families.standins.parameters import unique_parameters
 from peft_deploy.weights import Array, TensorInfo, fingerprint
 from peft_deploy.workflows.sources import ExportSource, NamedAdapter
 
