@@ -219,7 +219,7 @@ def _bundle(found: BundleInspection) -> RenderableType:
             f"fingerprint {str(base.get('fingerprint'))[:_SHORT]}",
         ),
         ("adapters", "\n".join(_merged(entry) for entry in manifest.adapters) or "none"),
-        ("graph", f"opset {manifest.opset}, {found.nodes:,} nodes"),
+        ("graph", f"{_kind(manifest)}, {found.nodes:,} nodes"),
         ("operators", named + (f" and {more} more kinds" if more > 0 else "")),
         ("inputs", _specs(manifest.signature.inputs)),
         ("outputs", _specs(manifest.signature.outputs)),
@@ -285,3 +285,7 @@ def _files(found: BundleInspection) -> Table:
         )
     table.add_row(Text(f"{len(found.files)} files", "dim"), decimal(found.bytes), "")
     return table
+
+
+def _kind(manifest: Manifest) -> str:
+    return "Paddle static format" if manifest.opset is None else f"opset {manifest.opset}"

@@ -7,10 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from peft_deploy.bundle import MANIFEST, MODEL, Manifest
+from peft_deploy.bundle import MANIFEST, MODEL, PARAMS, PROGRAM, Manifest
 from peft_deploy.bundle.folder import sha256
+from peft_deploy.config.export import PADDLE
 from peft_deploy.errors import BundleError
 from peft_deploy.runtime import check_external_data
+from peft_deploy.runtime.program_file import check_weights
 from peft_deploy.signature import GraphSignature, TensorSpec
 
 
@@ -101,7 +103,10 @@ def inspect_bundle(folder: Path, *, verify: bool = False) -> BundleInspection:
         else f"{file.name} is not the file that the manifest describes"
         for file in wrong
     ]
-    if (folder / MODEL).is_file() and not any(file.state == "missing" for file in wrong):
+    complete = not any(file.state == "missing" for file in wrong)
+    if manifest.format == PADDLE and complete:
+        problems += _compare_program(folder, manifest)
+    elif (folder / MODEL).is_file() and complete:
         check_external_data(folder / MODEL)
         if verify:
             problems += _compare_graph(folder / MODEL, manifest)
@@ -128,6 +133,19 @@ def _files(folder: Path, manifest: Manifest, *, verify: bool) -> tuple[BundleFil
     files.append(BundleFile(MANIFEST, manifest_file.stat().st_size, "listed"))
     files += [BundleFile(n, p.stat().st_size, "not listed") for n, p in sorted(found.items())]
     return tuple(files)
+
+
+def _compare_program(folder: Path, manifest: Manifest) -> list[str]:
+    """Where a program in Paddle's format is not what the manifest says of it. No weight is read."""
+    program = check_weights(folder / PROGRAM, folder / PARAMS)
+    return [
+        f"the program's {kind} are {', '.join(found)}, the manifest says {', '.join(promised)}"
+        for kind, found, promised in (
+            ("inputs", program.inputs, manifest.signature.input_names),
+            ("outputs", program.outputs, manifest.signature.output_names),
+        )
+        if list(found) != list(promised)
+    ]
 
 
 def _compare_graph(model: Path, manifest: Manifest) -> list[str]:
