@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import warnings
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -197,6 +198,8 @@ def _source(
         source = from_memory(base, None if tokenizer is None else Path(tokenizer), keep=keep)
     for named in source.kept:
         check_keepable(named.adapter, source)
+    for remark in source.family.remarks(source.config):
+        warnings.warn(remark, stacklevel=3)
     return source
 
 
