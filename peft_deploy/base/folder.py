@@ -8,15 +8,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from peft_deploy.base.pooling import normalizes, read_pooling
+from peft_deploy.base.pooling import with_pooling
 from peft_deploy.config.json_file import read_object
-from peft_deploy.errors import CheckpointError, ConfigError, listed
-from peft_deploy.families import Family, ModelDims, NameMap, Pooling, find_family
-from peft_deploy.families.pooling import POOLING
+from peft_deploy.errors import CheckpointError, listed
+from peft_deploy.families import Family, ModelDims, NameMap, find_family
 from peft_deploy.weights import CanonicalTensors, open_checkpoint
 
 CONFIG = "config.json"
-NO_POOLING = "none"
 _ADAPTER_CONFIGS = ("lora_config.json", "prefix_config.json", "adapter_config.json")
 _WEIGHTS = ("model.safetensors", "model-", "model_state")  # how weight files of base models begin
 
@@ -109,20 +107,13 @@ class BaseModel:
         absent = self.family.unused(self.config) - set(self.tensors.names())
         self.tensors.check({n: shape for n, shape in expected.items() if n not in absent})
 
-    def pooled(self, pooling: Pooling | None) -> BaseModel:
-        """The same model with this pooling of sentence embeddings, or with none of them.
+    def pooled(self, asked: str | None) -> BaseModel:
+        """The same model with a pooling of sentence embeddings; see :func:`~peft_deploy.base.pooling.with_pooling`.
 
         Raises:
-            ConfigError: it has no hidden states to pool.
+            ConfigError: it gives no hidden states that could be pooled.
         """
-        if pooling is not None and not self.family.pools(self.config):
-            raise ConfigError(
-                f"a {self.family.paddle_model(self.config)} gives no hidden states that could be "
-                "pooled to sentence embeddings",
-                hint="leave --pooling out",
-            )
-        plain = {key: value for key, value in self.config.items() if key != POOLING}
-        config = plain if pooling is None else pooling.into(plain)
+        config = with_pooling(self.family, self.config, self.path, asked)
         return replace(self, config=config, family=find_family(config))
 
     def companions(self) -> list[Path]:
@@ -175,19 +166,7 @@ def open_base(path: str | Path, pooling: str | None = None) -> BaseModel:
         raise CheckpointError(
             f"{folder / CONFIG} gives sizes that are no positive whole numbers: {odd}"
         )
-    return _with_pooling(BaseModel(folder, config, family), pooling)
-
-
-def _with_pooling(model: BaseModel, asked: str | None) -> BaseModel:
-    """The model with the pooling that was asked for, else with the one that its folder describes."""
-    if asked == NO_POOLING:
-        return model.pooled(None)
-    if asked is not None:
-        return model.pooled(Pooling(mode=asked, normalize=normalizes(model.path)))
-    if not model.family.pools(model.config) or POOLING in model.config:
-        return model
-    own = read_pooling(model.path)
-    return model if own is None else model.pooled(own)
+    return BaseModel(folder, config, family).pooled(pooling)
 
 
 def _check_entries(path: Path, config: Mapping[str, Any]) -> None:

@@ -3,17 +3,52 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peft_deploy.errors import CheckpointError, UnsupportedModelError
-from peft_deploy.families import Pooling
+from peft_deploy.errors import CheckpointError, ConfigError, UnsupportedModelError
+from peft_deploy.families import Family, Pooling
+from peft_deploy.families.pooling import POOLING
 
+NO_POOLING = "none"
 MODULES = "modules.json"
 _POOLING_CONFIG = "config.json"
 _MODES = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
 _KNOWN = ("Transformer", "Pooling", "Normalize")
 _HINT = "leave sentence embeddings out with --pooling none, or choose another: --pooling mean|cls"
+
+
+def with_pooling(
+    family: Family, config: Mapping[str, Any], folder: Path | None, asked: str | None
+) -> dict[str, Any]:
+    """A configuration with the pooling of sentence embeddings in it.
+
+    Args:
+        family: of the model.
+        config: its config.json, which may have a pooling already.
+        folder: where files of sentence-transformers may be.
+        asked: ``mean`` or ``cls`` in place of what the files say, ``none`` for no sentence embeddings.
+
+    Raises:
+        ConfigError: a pooling was asked for that is unknown, or for a model that gives no hidden states.
+        CheckpointError, UnsupportedModelError: see :func:`read_pooling`.
+    """
+    if asked not in (None, NO_POOLING) and not family.pools(config):
+        raise ConfigError(
+            f"a {family.paddle_model(config)} gives no hidden states that could be pooled to "
+            "sentence embeddings",
+            hint="leave --pooling out",
+        )
+    if asked == NO_POOLING:
+        return {key: value for key, value in config.items() if key != POOLING}
+    if asked is not None:
+        normalize = folder is not None and normalizes(folder)
+        return Pooling(mode=asked, normalize=normalize).into(config)
+    if folder is None or not family.pools(config) or POOLING in config:
+        return dict(config)
+    own = read_pooling(folder)
+    return dict(config) if own is None else own.into(config)
 
 
 def read_pooling(folder: Path) -> Pooling | None:

@@ -61,6 +61,11 @@ if TYPE_CHECKING:
 @click.option(
     "--opset", type=int, default=DEFAULT_OPSET, show_default=True, help="ONNX operator set."
 )
+@click.option(
+    "--pooling",
+    type=click.Choice(["mean", "cls", "none"]),
+    help="Of the sentence embeddings of an encoder; default: as its folder says.",
+)
 @click.option("--no-validate", is_flag=True, help="Leave out the check against the dynamic graph.")
 @click.option(
     "--cases",
@@ -94,6 +99,7 @@ def export_command(
     output: Path,
     format: str,
     opset: int,
+    pooling: str | None,
     no_validate: bool,
     cases: Path | None,
     record_reference: bool,
@@ -128,6 +134,7 @@ def export_command(
         slot_rank=slot_rank,
         format=format,
         opset=opset,
+        pooling=pooling,
         validate=not no_validate,
         keep_failed=keep_failed,
         cases=cases,

@@ -30,6 +30,8 @@ class ExportOptions:
         slot_rank: the one rank of all slots, for runtimes that take no empty tensors; None leaves it open.
         format: ``"onnx"``, or ``"paddle"`` for Paddle's static format (``model.json``, ``model.pdiparams``).
         opset: version of the default ONNX operator set; not used for Paddle's format.
+        pooling: of the sentence embeddings that an encoder without a head gives beside its hidden states: ``"mean"`` or
+            ``"cls"``, ``"none"`` for none of them; None does what the model's folder says.
         prefix_slots: give the graph inputs for a prefix with an empty default, so that a prefix can be an
             ``.onnx_adapter`` file.
         validate: check the bundle against the dynamic graph before it is put in place.
@@ -52,6 +54,7 @@ class ExportOptions:
     format: str = ONNX
     opset: int = DEFAULT_OPSET
     prefix_slots: bool = False
+    pooling: str | None = None
     validate: bool = True
     force: bool = False
     keep_failed: bool = False

@@ -103,7 +103,10 @@ def export(
         )
         return ExportResult(output, manifest, report, clock.done(), _peak(), plan)
     clock.phase("Reading names and shapes")
-    base = open_base(base) if isinstance(base, str | Path) else base
+    if isinstance(base, str | Path):
+        base = open_base(base, options.pooling)
+    elif isinstance(base, BaseModel) and options.pooling is not None:
+        base = base.pooled(options.pooling)
     _check_combination(base, adapter, options)
     if options.dry_run:
         source = _source(base, adapter, tokenizer, options)
@@ -195,7 +198,8 @@ def _source(
     else:
         from peft_deploy.workflows.in_memory import from_memory
 
-        source = from_memory(base, None if tokenizer is None else Path(tokenizer), keep=keep)
+        folder = None if tokenizer is None else Path(tokenizer)
+        source = from_memory(base, folder, keep=keep, pooling=options.pooling)
     for named in source.kept:
         check_keepable(named.adapter, source)
     for remark in source.family.remarks(source.config):

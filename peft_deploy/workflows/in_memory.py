@@ -12,6 +12,7 @@ from paddle import nn
 from peft_deploy.adapters.lora import LoRAModel
 from peft_deploy.adapters.lora.views import adapter_of, base_value, is_disabled
 from peft_deploy.base.folder import companions_in
+from peft_deploy.base.pooling import with_pooling
 from peft_deploy.errors import AdapterError, ConfigError
 from peft_deploy.families import find_family
 from peft_deploy.families.standins.parameters import unique_parameters
@@ -55,12 +56,15 @@ class MemoryTensors:
         return self._read(name, self._parameters[name])
 
 
-def from_memory(model: nn.Layer, tokenizer: Path | None, *, keep: bool = False) -> ExportSource:
+def from_memory(
+    model: nn.Layer, tokenizer: Path | None, *, keep: bool = False, pooling: str | None = None
+) -> ExportSource:
     """A PaddleNLP model or a LoRA model around one; it is only read.
 
     Args:
         model: of a registered family.
-        tokenizer: a folder with tokenizer files for the bundle.
+        tokenizer: a folder with tokenizer files for the bundle, and perhaps those of sentence-transformers.
+        pooling: of sentence embeddings, as for :func:`~peft_deploy.base.open_base`.
         keep: keep the LoRA model's adapter apart from the weights.
 
     Raises:
@@ -80,6 +84,7 @@ def from_memory(model: nn.Layer, tokenizer: Path | None, *, keep: bool = False) 
             "the model's adapter is disabled", hint="call enable_lora(), or export model.model"
         )
     config = {**inner.config.to_dict(), "architectures": [type(inner).__name__]}
+    config = with_pooling(find_family(config), config, tokenizer, pooling)
     family = find_family(config)
     family.paddle_arguments(config)
     tied = dict(family.tied(config))
