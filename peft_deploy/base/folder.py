@@ -11,7 +11,7 @@ from typing import Any
 from peft_deploy.base.pooling import with_pooling
 from peft_deploy.config.json_file import read_object
 from peft_deploy.errors import CheckpointError, listed
-from peft_deploy.families import Family, ModelDims, NameMap, find_family
+from peft_deploy.families import Family, ModelDims, NameMap, Pooling, find_family
 from peft_deploy.weights import CanonicalTensors, open_checkpoint
 
 CONFIG = "config.json"
@@ -107,7 +107,7 @@ class BaseModel:
         absent = self.family.unused(self.config) - set(self.tensors.names())
         self.tensors.check({n: shape for n, shape in expected.items() if n not in absent})
 
-    def pooled(self, asked: str | None) -> BaseModel:
+    def pooled(self, asked: str | Pooling | None) -> BaseModel:
         """The same model with a pooling of sentence embeddings; see :func:`~peft_deploy.base.pooling.with_pooling`.
 
         Raises:
@@ -126,12 +126,13 @@ def companions_in(folder: Path) -> list[Path]:
     return [folder / name for name in COMPANIONS if (folder / name).is_file()]
 
 
-def open_base(path: str | Path, pooling: str | None = None) -> BaseModel:
+def open_base(path: str | Path, pooling: str | Pooling | None = None) -> BaseModel:
     """The base model in a folder, or under a name that PaddleNLP can download.
 
     Args:
         path: the folder or the name.
-        pooling: of sentence embeddings: ``mean`` or ``cls`` in place of what the folder says, ``none`` for none.
+        pooling: of sentence embeddings: ``mean`` or ``cls`` in place of what the folder says, ``none`` for none, or
+            all of it; None does what the folder says.
 
     Raises:
         ConfigError: a pooling for a model that gives no hidden states, or an unknown one.

@@ -20,7 +20,7 @@ _HINT = "leave sentence embeddings out with --pooling none, or choose another: -
 
 
 def with_pooling(
-    family: Family, config: Mapping[str, Any], folder: Path | None, asked: str | None
+    family: Family, config: Mapping[str, Any], folder: Path | None, asked: str | Pooling | None
 ) -> dict[str, Any]:
     """A configuration with the pooling of sentence embeddings in it.
 
@@ -28,7 +28,7 @@ def with_pooling(
         family: of the model.
         config: its config.json, which may have a pooling already.
         folder: where files of sentence-transformers may be.
-        asked: ``mean`` or ``cls`` in place of what the files say, ``none`` for no sentence embeddings.
+        asked: ``mean`` or ``cls`` in place of what the files say, ``none`` for no sentence embeddings, or all of it.
 
     Raises:
         ConfigError: a pooling was asked for that is unknown, or for a model that gives no hidden states.
@@ -42,6 +42,8 @@ def with_pooling(
         )
     if asked == NO_POOLING:
         return {key: value for key, value in config.items() if key != POOLING}
+    if isinstance(asked, Pooling):
+        return asked.into(config)
     if asked is not None:
         normalize = folder is not None and normalizes(folder)
         return Pooling(mode=asked, normalize=normalize).into(config)

@@ -6,12 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft_deploy.base import BaseModel
+from peft_deploy.base import BaseModel, open_base
+from peft_deploy.base.folder import CONFIG
+from peft_deploy.base.pooling import NO_POOLING
 from peft_deploy.bundle import Manifest
 from peft_deploy.config.export import RUNTIME
+from peft_deploy.config.json_file import read_object
 from peft_deploy.environment import require_paddle
-from peft_deploy.errors import AdapterError, CheckpointError, ConfigError
-from peft_deploy.families import Family
+from peft_deploy.errors import AdapterError, BundleError, CheckpointError, ConfigError
+from peft_deploy.families import Family, Pooling
 from peft_deploy.parity.cases import CaseMatrix, build_matrix
 from peft_deploy.parity.encoder_cases import EncoderSizes, build_encoder_matrix
 from peft_deploy.parity.gate import (
@@ -100,7 +103,7 @@ def validate(
         )
     extras = CheckExtras([] if cases is None else read_cases(Path(cases), folder))
     kept = any(entry.get("mode") == RUNTIME for entry in manifest.adapters)
-    source = from_folders(base, adapter, keep=kept)
+    source = from_folders(_as_exported(base, folder), adapter, keep=kept)
     progress.phase("Comparing fingerprints")
     check_origin(manifest, source)
     model = source.load_reference(progress)
@@ -123,6 +126,14 @@ def _check_recorded_options(adapter: Adapters, seed: int, cases: str | Path | No
             f"{wrong[0]} can only be used with the base model; without it the check is the one that was recorded",
             hint="add --base with the base model's folder",
         )
+
+
+def _as_exported(base: str | Path | BaseModel, bundle: Path) -> BaseModel:
+    """The base model, giving the sentence embeddings that the bundle gives."""
+    path = bundle / CONFIG
+    config = read_object(path, BundleError) if path.is_file() else {}
+    pooling = Pooling.of(config) or NO_POOLING
+    return base.pooled(pooling) if isinstance(base, BaseModel) else open_base(base, pooling)
 
 
 def check_bundle(
