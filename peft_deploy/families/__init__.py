@@ -7,14 +7,17 @@ only the modules above it (errors, signature, config).
 # Each of these registers itself.
 from peft_deploy.families import bert as bert
 from peft_deploy.families import bloom as bloom
+from peft_deploy.families import chatglm_v2 as chatglm_v2
 from peft_deploy.families import ernie as ernie
 from peft_deploy.families import gemma as gemma
 from peft_deploy.families import gpt as gpt
 from peft_deploy.families import llama as llama
 from peft_deploy.families import mistral as mistral
 from peft_deploy.families import opt as opt
+from peft_deploy.families import qwen as qwen
 from peft_deploy.families import qwen2 as qwen2
 from peft_deploy.families import roberta as roberta
+from peft_deploy.families import rw as rw
 from peft_deploy.families.encoder import EncoderFamily
 from peft_deploy.families.family import DecoderFamily, Family, ModelDims
 from peft_deploy.families.names import MappedName, NameMap, NameRule

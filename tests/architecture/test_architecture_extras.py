@@ -27,8 +27,11 @@ NEED_PADDLE = (
     "peft_deploy.adapters.wrapper",
     "peft_deploy.base.dygraph",
     "peft_deploy.families.eager",
+    "peft_deploy.families.eager_repairs",
     "peft_deploy.families.standins",
+    "peft_deploy.parity.layer_reference",
     "peft_deploy.parity.reference",
+    "peft_deploy.trace.layer",
     "peft_deploy.trace.program",
     "peft_deploy.training.batches",
     "peft_deploy.training.callback",
@@ -36,7 +39,11 @@ NEED_PADDLE = (
     "peft_deploy.training.method",
     "peft_deploy.training.run",
     "peft_deploy.training.trainer",
+    "peft_deploy.workflows.export_layer",
     "peft_deploy.workflows.in_memory",
+    "peft_deploy.workflows.layer_source",
+    "peft_deploy.workflows.unclaimed",
+    "peft_deploy.workflows.validate_layer",
 )
 # The base install has onnx, because onnx-ir imports it. Everything below one of these needs onnx-ir; the rest also
 # starts where onnx is damaged, or slow to import.
@@ -86,8 +93,13 @@ def test_a_missing_paddle_is_said_in_a_sentence() -> None:
         "peft_deploy.adapters.state_dict",
         "peft_deploy.adapters.wrapper",
         "peft_deploy.families.eager",
+        "peft_deploy.families.eager_repairs",
         "peft_deploy.families.standins",
+        "peft_deploy.workflows.export_layer",
         "peft_deploy.workflows.in_memory",
+        "peft_deploy.workflows.layer_source",
+        "peft_deploy.workflows.unclaimed",
+        "peft_deploy.workflows.validate_layer",
         *(name for name in NEED_PADDLE if name.startswith("peft_deploy.training.")),
     ) - {"peft_deploy.training.batches", "peft_deploy.training.run"}
     for module, (error, text) in failures(*EXTRAS).items():

@@ -24,10 +24,12 @@ from peft_deploy.families.standins.layers import (
     rms_norm,
     silu_gated,
 )
-from peft_deploy.families.standins.rotary import RotaryTable
+from peft_deploy.families.standins.positions import tokens_up_to
+from peft_deploy.families.standins.rotary import NeighbourRotaryTable, RotaryTable
 from peft_deploy.families.standins.scope import ScopeTrace
 
 __all__ = [
+    "NeighbourRotaryTable",
     "RotaryTable",
     "ScopeTrace",
     "alibi_bias",
@@ -41,4 +43,5 @@ __all__ = [
     "silu_gated",
     "split_fused_heads",
     "split_heads",
+    "tokens_up_to",
 ]

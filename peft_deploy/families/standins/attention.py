@@ -76,7 +76,7 @@ def grouped_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, *, scale: f
         q: [B, H, S, D].
         k: [B, K, T, D]; K divides H, and head h uses kv head h // (H/K).
         v: [B, K, T, D].
-        bias: [B, 1, S, T], added to the scores; [B, H, S, T] where H = K.
+        bias: [B, 1, S, T], added to the scores; [B, H, S, T] where H = K or K = 1.
         scale: factor of the scores.
 
     Returns:

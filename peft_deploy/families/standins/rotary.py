@@ -27,8 +27,41 @@ class RotaryTable(nn.Layer):  # type: ignore[misc]
         cos, sin = (F.embedding(position_ids, table) for table in (self.cos, self.sin))
         return cos.unsqueeze(1), sin.unsqueeze(1)
 
-    @staticmethod
-    def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Rotates x [B, heads, S, D]; dimension i is paired with i + D/2 (the Llama convention)."""
         first, second = x.split(2, axis=-1)
         return paddle.concat([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+class NeighbourRotaryTable(RotaryTable):
+    """The convention of GLM: neighbours (2i, 2i + 1) are paired, and only the first dimensions are rotated.
+
+    Args:
+        cos: [positions, pairs]; the dimensions of a head beyond 2 * pairs stay as they are.
+        sin: [positions, pairs].
+        head_dim: D.
+    """
+
+    def __init__(
+        self, cos: npt.NDArray[np.float32], sin: npt.NDArray[np.float32], head_dim: int
+    ) -> None:
+        # One more column, of no rotation, for the dimensions that stay.
+        column = np.ones_like(cos[:, :1])
+        super().__init__(np.hstack([cos, column]), np.hstack([sin, 0 * column]))
+        pairs, place = cos.shape[1], np.arange(head_dim)
+        self.pair = np.minimum(place // 2, pairs)
+        self.partner = np.where(place < 2 * pairs, place ^ 1, place)
+        self.sign = np.where(self.partner > place, -1, 1).astype(np.float32)
+
+    def at(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Cos and signed sin for position_ids [B, S], each [B, 1, S, D], to be used by every layer."""
+        cos, sin = (_pick(table, self.pair) for table in super().at(position_ids))
+        return cos, sin * paddle.to_tensor(self.sign)
+
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotates x [B, heads, S, D]."""
+        return x * cos + _pick(x, self.partner) * sin
+
+
+def _pick(x: Tensor, places: npt.NDArray[np.int64]) -> Tensor:
+    return paddle.index_select(x, paddle.to_tensor(places), axis=-1)
