@@ -59,10 +59,13 @@ def reports() -> dict[str, ParityReport]:
         generation=GenerationResult((), problem="no kernel <x>"),
         warnings=["the adapter <b> changes nothing"],
     )
+    checked["parts"] = replace(
+        checked["good"], parts={"adapter <i>": checked["broken"], "prefix p": checked["good"]}
+    )
     return checked
 
 
-KINDS = ["good", "broken", "not numbers", "not run"]
+KINDS = ["good", "broken", "not numbers", "not run", "parts"]
 
 
 @pytest.fixture(params=KINDS)
@@ -92,10 +95,15 @@ def test_junit_counts_cases_and_prompts(written: tuple[Path, ParityReport]) -> N
     suite = ElementTree.parse(folder / JUNIT).getroot().find("testsuite")
     assert suite is not None and report.generation is not None
     tests = suite.findall("testcase")
-    prompts = report.generation.prompts or [report.generation]
-    assert int(suite.get("tests", "")) == len(tests) == len(report.cases) + len(prompts)
+    cases, prompts = [], []
+    for part in (report, *report.parts.values()):
+        assert part.generation is not None
+        cases += part.cases
+        prompts += part.generation.prompts or [part.generation]
+    assert int(suite.get("tests", "")) == len(tests) == len(cases) + len(prompts)
+    assert len({(t.get("classname"), t.get("name")) for t in tests}) == len(tests)
     failed = [t for t in tests if t.find("failure") is not None]
-    wanted = sum(not c.passed for c in report.cases) + sum(not p.passed for p in prompts)
+    wanted = sum(not c.passed for c in cases) + sum(not p.passed for p in prompts)
     assert int(suite.get("failures", "")) == len(failed) == wanted
     assert bool(failed) is not report.passed
     for test in failed:
@@ -122,8 +130,12 @@ def test_the_page_in_a_browser(written: tuple[Path, ParityReport], tmp_path: Pat
     dom, console = browser.open(folder / HTML)
     assert console == []
     assert "alert(1)&lt;/script&gt;" in dom and "<script" not in dom
-    assert (">Passed<" in dom) is report.passed and (">Failed<" in dom) is not report.passed
-    assert dom.count("<circle") == (len(report.limits) if report.cases[0].outputs else 0)
+    assert (">Failed<" in dom) is not report.passed and (">Passed<" in dom) is (
+        report.passed or bool(report.parts)
+    )
+    sections = 1 + len(report.parts)
+    circles = sections * len(report.limits) if report.cases[0].outputs else 0
+    assert dom.count("<circle") == circles
     for case in report.cases:
         assert f"<td>{case.name}</td>" in dom
 

@@ -25,14 +25,9 @@ def junit(report: ParityReport, subject: Subject) -> str:
         subject: what it is about.
     """
     suite = ElementTree.Element("testsuite", name=f"{_SUITE}: {_clean(subject.name)}")
-    for case in report.cases:
-        _add_case(suite, case)
-    if report.generation is not None:
-        if report.generation.problem is not None:
-            test = _test(suite, "greedy text", "all prompts", report.generation.seconds)
-            _fail(test, report.generation.problem)
-        for prompt in report.generation.prompts:
-            _add_prompt(suite, prompt)
+    _add_report(suite, report, "parity")
+    for name, part in report.parts.items():
+        _add_report(suite, part, f"parity with {_clean(name)}")
     tests, failures = len(suite), len(suite.findall("testcase/failure"))
     suite.attrib |= {"tests": str(tests), "failures": str(failures), "errors": "0", "skipped": "0"}
     suite.set("time", f"{sum(report.seconds.values()):.3f}")
@@ -44,14 +39,27 @@ def junit(report: ParityReport, subject: Subject) -> str:
     return ElementTree.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
 
 
-def _add_case(suite: ElementTree.Element, case: CaseResult) -> None:
-    test = _test(suite, case.group, case.name, case.seconds)
+def _add_report(suite: ElementTree.Element, report: ParityReport, title: str) -> None:
+    for case in report.cases:
+        _add_case(suite, case, title)
+    if report.generation is None:
+        return
+    if report.generation.problem is not None:
+        group = f"{title}.greedy text"
+        test = _test(suite, group, "all prompts", report.generation.seconds)
+        _fail(test, report.generation.problem)
+    for prompt in report.generation.prompts:
+        _add_prompt(suite, prompt, title)
+
+
+def _add_case(suite: ElementTree.Element, case: CaseResult, title: str) -> None:
+    test = _test(suite, f"{title}.{case.group}", case.name, case.seconds)
     if not case.passed:
         _fail(test, explain_case(case))
 
 
-def _add_prompt(suite: ElementTree.Element, prompt: PromptResult) -> None:
-    test = _test(suite, "greedy text", prompt.prompt, 0.0)
+def _add_prompt(suite: ElementTree.Element, prompt: PromptResult, title: str) -> None:
+    test = _test(suite, f"{title}.greedy text", prompt.prompt, 0.0)
     if not prompt.passed:
         assert prompt.divergence is not None  # it failed, so there is a difference
         _fail(test, explain_divergence(prompt))
@@ -60,7 +68,7 @@ def _add_prompt(suite: ElementTree.Element, prompt: PromptResult) -> None:
 def _test(
     suite: ElementTree.Element, group: str, name: str, seconds: float
 ) -> ElementTree.Element:
-    attributes = {"classname": f"parity.{_clean(group)}", "name": _clean(name)}
+    attributes = {"classname": _clean(group), "name": _clean(name)}
     return ElementTree.SubElement(suite, "testcase", attributes, time=f"{seconds:.3f}")
 
 

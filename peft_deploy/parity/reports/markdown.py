@@ -22,14 +22,24 @@ def markdown(report: ParityReport, subject: Subject) -> str:
     parts = [
         f"# Parity of {_plain(subject.name)}: {verdict}",
         _plain(report.summary()),
+        *_body(report, subject),
+    ]
+    for name, part in report.parts.items():
+        verdict = "passed" if part.passed else "FAILED"
+        parts += [f"# With {_plain(name)}: {verdict}", _plain(part.summary())]
+        parts += _body(part, subject)
+    parts.append(_facts(report, subject))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _body(report: ParityReport, subject: Subject) -> list[str]:
+    return [
         _groups(report),
         _failures(report.cases),
         _generation(report, subject),
         _effect(report),
         "\n".join(f"- Warning: {_plain(warning)}" for warning in report.warnings),
-        _facts(report, subject),
     ]
-    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _groups(report: ParityReport) -> str:

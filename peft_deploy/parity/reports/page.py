@@ -5,6 +5,7 @@ Everything that comes from a bundle (names, prompts, tokens) goes through the te
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 
@@ -34,6 +35,25 @@ class Token:
     title: str
 
 
+@dataclass(frozen=True)
+class Section:
+    """What the page shows of the bundle, or of one part of its report.
+
+    Args:
+        report: of that part.
+        plot: errors by layer, if anything was compared.
+        bars: of the histogram.
+        rows: each case, with what it says about the next token.
+        texts: each prompt, its tokens, and where they part.
+    """
+
+    report: ParityReport
+    plot: plots.LayerPlot | None
+    bars: Sequence[plots.Bar]
+    rows: Sequence[tuple[CaseResult, Difference | None]]
+    texts: Sequence[tuple[PromptResult, Sequence[Token], str]]
+
+
 def page(report: ParityReport, subject: Subject) -> str:
     """The text of the file.
 
@@ -43,19 +63,27 @@ def page(report: ParityReport, subject: Subject) -> str:
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     source = resources.files(__package__).joinpath(_TEMPLATE).read_text("utf-8")
-    prompts = report.generation.prompts if report.generation else ()
+    parts = {"": report, **report.parts}
     text: str = environment.from_string(source).render(
         report=report,
         subject=subject,
-        plot=plots.layer_plot(report),
-        bars=plots.histogram(report),
+        sections={title: _section(part, subject) for title, part in parts.items()},
         area=plots,
-        rows=[(case, _next_token(case)) for case in report.cases],
-        texts=[(p, _tokens(p, subject), _parting(p)) for p in prompts],
         explain=explain_case,
         share=share_of_limit,
     )
     return text
+
+
+def _section(report: ParityReport, subject: Subject) -> Section:
+    prompts = report.generation.prompts if report.generation else ()
+    return Section(
+        report=report,
+        plot=plots.layer_plot(report),
+        bars=plots.histogram(report),
+        rows=[(case, _next_token(case)) for case in report.cases],
+        texts=[(p, _tokens(p, subject), _parting(p)) for p in prompts],
+    )
 
 
 def _next_token(case: CaseResult) -> Difference | None:
