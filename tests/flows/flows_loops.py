@@ -16,9 +16,18 @@ def session(bundle: Path) -> ort.InferenceSession:
     return ort.InferenceSession(bundle / "model.onnx", options, ["CPUExecutionProvider"])
 
 
-def plain_loop(bundle: Path, prompt: list[int], steps: int) -> tuple[list[int], list[Any]]:
-    """Greedy tokens and the logits behind them, from nothing but onnxruntime and numpy."""
-    run = session(bundle)
+def plain_loop(
+    bundle: Path, prompt: list[int], steps: int, adapter: Path | None = None
+) -> tuple[list[int], list[Any]]:
+    """Greedy tokens and the logits behind them, from nothing but onnxruntime and numpy.
+
+    An adapter is onnxruntime's own affair here.
+    """
+    run, options = session(bundle), ort.RunOptions()
+    if adapter is not None:
+        active = ort.LoraAdapter()
+        active.Load(str(adapter))
+        options.add_active_adapter(active)
     cache = {
         i.name: np.zeros([1 if isinstance(d, str) else d for d in i.shape], "float32")[:, :, :0]
         for i in run.get_inputs()
@@ -34,7 +43,7 @@ def plain_loop(bundle: Path, prompt: list[int], steps: int) -> tuple[list[int], 
             "position_ids": np.arange(past, total)[None],
             **cache,
         }
-        out, *present = run.run(None, feeds)
+        out, *present = run.run(None, feeds, options)
         cache = dict(zip(cache, present, strict=True))
         logits.append(out[0, -1])
         tokens.append(int(out[0, -1].argmax()))
