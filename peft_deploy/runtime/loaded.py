@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -49,6 +50,7 @@ class LoadedBundle:
         self.context_length = context_length
         self._tokenizer = tokenizer
         self._prefixes = PrefixShelf(folder, manifest)
+        self._lock = threading.Lock()  # two requests may be the first to name an adapter
 
     @cached_property
     def session(self) -> Session:
@@ -168,8 +170,9 @@ class LoadedBundle:
             if scale != 1:
                 raise ConfigError(f"the scale {scale:g} is that of an adapter, and none was named")
             return self.runner
-        if str(adapter) not in self.session.adapters:
-            self.session.load_adapter(adapter, str(adapter))
+        with self._lock:
+            if str(adapter) not in self.session.adapters:
+                self.session.load_adapter(adapter, str(adapter))
         return self.session.runner(str(adapter), scale=scale)
 
 
