@@ -20,6 +20,7 @@ from peft_deploy.runtime.loaded import LoadedBundle, load_bundle
 from peft_deploy.runtime.onnx_runner import OnnxRunner
 from peft_deploy.runtime.opening import open_runner
 from peft_deploy.runtime.paddle_runner import PaddleRunner
+from peft_deploy.runtime.reading import Prediction, read_texts
 from peft_deploy.runtime.runner import Runner
 from peft_deploy.runtime.sampling import Sampling, choose
 from peft_deploy.runtime.session import Session
@@ -36,6 +37,7 @@ __all__ = [
     "NewToken",
     "OnnxRunner",
     "PaddleRunner",
+    "Prediction",
     "Runner",
     "Sampling",
     "Session",
@@ -50,4 +52,5 @@ __all__ = [
     "initial_cache",
     "load_bundle",
     "open_runner",
+    "read_texts",
 ]

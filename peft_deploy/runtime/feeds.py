@@ -10,7 +10,15 @@ from collections.abc import Mapping
 
 from peft_deploy.errors import ExecutionError, listed
 from peft_deploy.runtime.runner import Array
-from peft_deploy.signature import INPUT_IDS, LOGITS, POSITION_IDS, GraphSignature, TensorSpec
+from peft_deploy.signature import (
+    ATTENTION_MASK,
+    INPUT_IDS,
+    LOGITS,
+    POSITION_IDS,
+    TOKEN_TYPE_IDS,
+    GraphSignature,
+    TensorSpec,
+)
 
 
 def check_feeds(
@@ -45,6 +53,21 @@ def check_feeds(
     for spec in signature.inputs:
         _check_sums(spec, feeds[spec.name], sizes)
     check_indices(signature, feeds, positions)
+    _check_length(signature, feeds, positions)
+
+
+def _check_length(
+    signature: GraphSignature, feeds: Mapping[str, Array], positions: int | None
+) -> None:
+    """An encoder's positions follow from the mask."""
+    if positions is None or signature.past or POSITION_IDS in feeds or ATTENTION_MASK not in feeds:
+        return
+    lengths = feeds[ATTENTION_MASK].astype(bool).sum(axis=-1)
+    if lengths.size and int(lengths.max()) > positions:
+        raise ExecutionError(
+            f"row {int(lengths.argmax())} has {int(lengths.max())} tokens; the model has "
+            f"{positions} positions"
+        )
 
 
 def check_indices(
@@ -63,7 +86,7 @@ def check_indices(
     Raises:
         ExecutionError: one of them is not.
     """
-    limits = {INPUT_IDS: _vocabulary(signature), POSITION_IDS: positions}
+    limits = {INPUT_IDS: _vocabulary(signature), POSITION_IDS: positions, TOKEN_TYPE_IDS: None}
     for name, limit in limits.items():
         if name not in feeds or not feeds[name].size:
             continue

@@ -11,16 +11,28 @@ from typing import Any, overload
 
 from peft_deploy.bundle.folder import sha256
 from peft_deploy.bundle.manifest import Manifest
-from peft_deploy.errors import BundleError, CheckpointError, ConfigError, listed
+from peft_deploy.errors import BundleError, CheckpointError, ConfigError, ExecutionError, listed
 from peft_deploy.runtime.generation import Generation, GenerationOptions
 from peft_deploy.runtime.onnx_runner import OnnxRunner
 from peft_deploy.runtime.opening import open_runner
 from peft_deploy.runtime.paddle_runner import PaddleRunner
 from peft_deploy.runtime.prefix_shelf import AnyPrefix, PrefixShelf
+from peft_deploy.runtime.reading import (
+    Floats,
+    Prediction,
+    TextInput,
+    embeddings,
+    predictions,
+    read_texts,
+    require_output,
+)
+from peft_deploy.runtime.runner import Array
 from peft_deploy.runtime.sampling import Sampling
 from peft_deploy.runtime.session import Session
 from peft_deploy.runtime.text_generation import TextRun, encode_prompts
+from peft_deploy.signature import LOGITS, SENTENCE_EMBEDDING
 from peft_deploy.text.padding import Side
+from peft_deploy.text.special_tokens import MODEL_CONFIG, read_json
 from peft_deploy.text.tokenizer import TOKENIZER, Tokenizer
 
 
@@ -102,6 +114,87 @@ class LoadedBundle:
         results = self.start(prompts, **options).results
         return results[0] if isinstance(prompts, str) else results
 
+    def embed(
+        self, texts: str | Sequence[str], *, batch_size: int = 32, truncate: bool = False
+    ) -> Floats:
+        """The sentence embedding of each text.
+
+        Args:
+            texts: a text, or several.
+            batch_size: texts in one padded batch; padding does not change the result.
+            truncate: cut texts that are longer than the model can see, rather than refuse them.
+
+        Returns:
+            [N, E], one row a text.
+
+        Raises:
+            ConfigError: no text, or one that is too long.
+            BundleError: the bundle has no tokenizer.
+            ExecutionError: the bundle gives no sentence embeddings, or does not run.
+
+        Example:
+            >>> bundle = load_bundle("out")  # doctest: +SKIP
+            >>> bundle.embed(["A ship.", "A vessel."]).shape  # doctest: +SKIP
+            (2, 384)
+        """
+        wanted = "sentence embeddings (export --pooling mean|cls)"
+        require_output(self.runner.signature, SENTENCE_EMBEDDING, rank=2, wanted=wanted)
+        options: dict[str, Any] = {"batch_size": batch_size, "truncate": truncate}
+        return embeddings(self.read(texts, outputs=[SENTENCE_EMBEDDING], **options))
+
+    def predict(
+        self, texts: TextInput | Sequence[TextInput], *, batch_size: int = 32, truncate: bool = False
+    ) -> list[Prediction]:
+        """What a classifier says of each text, or of each pair of texts.
+
+        Args:
+            texts: a text or a pair (a tuple of two), or several.
+            batch_size: texts in one padded batch; padding does not change the result.
+            truncate: cut texts that are longer than the model can see, rather than refuse them.
+
+        Raises:
+            ConfigError: no text, or one that is too long.
+            BundleError: the bundle has no tokenizer.
+            ExecutionError: the bundle does not classify texts, or does not run.
+        """
+        require_output(self.runner.signature, LOGITS, rank=2, wanted="one class a text")
+        options: dict[str, Any] = {"batch_size": batch_size, "truncate": truncate}
+        with _as_bundle_error():
+            config = read_json(self.folder / MODEL_CONFIG)
+        return predictions(self.read(texts, outputs=[LOGITS], **options), config)
+
+    def read(
+        self,
+        texts: TextInput | Sequence[TextInput],
+        *,
+        outputs: Sequence[str] | None = None,
+        batch_size: int = 32,
+        truncate: bool = False,
+    ) -> list[dict[str, Array]]:
+        """What an encoder says of each text: output → array, of the text's own tokens, no padding.
+
+        Args:
+            texts: a text or a pair (a tuple of two), or several.
+            outputs: names of the outputs; all when None.
+            batch_size: texts in one padded batch; padding does not change the result.
+            truncate: cut texts that are longer than the model can see, rather than refuse them.
+
+        Raises:
+            ConfigError: no text, or one that is too long.
+            BundleError: the bundle has no tokenizer.
+            ExecutionError: the model is no encoder, or the graph does not run.
+        """
+        several = [texts] if isinstance(texts, str | tuple) else list(texts)
+        return read_texts(
+            self.runner,
+            self.tokenizer,
+            several,
+            outputs=outputs,
+            limit=self.context_length,
+            batch_size=batch_size,
+            truncate=truncate,
+        )
+
     def start(
         self,
         prompts: str | Sequence[str],
@@ -143,6 +236,11 @@ class LoadedBundle:
             AdapterError: there is no such prefix, or it is damaged or not of this model.
             ExecutionError: the graph does not run, or cannot generate.
         """
+        if not self.runner.signature.past:
+            raise ExecutionError(
+                f"{self.folder} is an encoder's bundle, which reads texts and continues none",
+                hint="use embed, predict or read of peft_deploy.runtime.load_bundle",
+            )
         if system is not None and not chat:
             raise ConfigError("a system message needs the chat template", hint="add chat (--chat)")
         texts = [prompts] if isinstance(prompts, str) else list(prompts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,19 @@ if TYPE_CHECKING:
 
 TOKENIZER = "tokenizer.json"
 SENTENCEPIECE_FILES = ("tokenizer.model", "sentencepiece.bpe.model", "spiece.model")
+
+
+@dataclass(frozen=True)
+class EncodedText:
+    """A text, or a pair of texts, as an encoder reads it.
+
+    Args:
+        ids: the tokens, [N].
+        type_ids: which of the two texts each one is of, [N].
+    """
+
+    ids: list[int]
+    type_ids: list[int]
 
 
 class Tokenizer:
@@ -90,6 +104,37 @@ class Tokenizer:
             return list(self._engine.encode(text, add_special_tokens=special).ids)
         head, tail = self._ends
         return [*head, *self._engine.encode(text, add_special_tokens=False).ids, *tail]
+
+    def encode_text(
+        self, text: str | tuple[str, str], max_tokens: int | None = None
+    ) -> EncodedText:
+        """A text or a pair of texts with everything that the model expects around and between them.
+
+        Args:
+            text: one text, or two that are read together.
+            max_tokens: cut the text at its end, the longer one of a pair first; None to cut nothing.
+
+        Raises:
+            ConfigError: there is no room for a text beside the special tokens.
+        """
+        first, second = (text, None) if isinstance(text, str) else text
+        if self._ends is not None:  # tokenizer_config.json overrules what stands around a text
+            if second is not None:
+                raise ConfigError("this model's tokenizer does not read pairs of texts")
+            ids = self.encode(first)
+            return EncodedText(ids[:max_tokens], [0] * len(ids[:max_tokens]))
+        pair = () if second is None else (second,)
+        encoded = self._engine.encode(first, *pair)
+        if max_tokens is not None and len(encoded.ids) > max_tokens:
+            room = max_tokens - self._engine.num_special_tokens_to_add(second is not None)
+            if room < 1:
+                raise ConfigError(f"there is no room for a text in {max_tokens} tokens")
+            self._engine.enable_truncation(max_tokens, strategy="longest_first")
+            try:
+                encoded = self._engine.encode(first, *pair)
+            finally:
+                self._engine.no_truncation()
+        return EncodedText(list(encoded.ids), list(encoded.type_ids))
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """The text of the ids, without special tokens unless they are asked for.
