@@ -218,8 +218,9 @@ def _bundle(found: BundleInspection) -> RenderableType:
             f"{base.get('name')}, {base.get('layout')} layout, "
             f"fingerprint {str(base.get('fingerprint'))[:_SHORT]}",
         ),
-        ("adapters", "\n".join(_merged(entry) for entry in manifest.adapters) or "none"),
-        ("graph", f"{_kind(manifest)}, {found.nodes:,} nodes"),
+        ("adapters", "\n".join(_entry(entry) for entry in manifest.adapters) or "none"),
+        ("slots", _slots(manifest.graph)),
+        ("graph", f"{_kind(manifest.opset)}, {found.nodes:,} nodes"),
         ("operators", named + (f" and {more} more kinds" if more > 0 else "")),
         ("inputs", _specs(manifest.signature.inputs)),
         ("outputs", _specs(manifest.signature.outputs)),
@@ -233,15 +234,37 @@ def _bundle(found: BundleInspection) -> RenderableType:
     return _sheet("bundle", found.path, rows, _files(found), *problems)
 
 
-def _merged(entry: Mapping[str, Any]) -> str:
+def _slots(graph: Mapping[str, Any]) -> str:
+    """What adapters can change at run time."""
+    lora, prefix = graph.get("lora_slots"), graph.get("prefix_slots")
+    parts = []
+    if lora:
+        rank = "any rank" if lora["rank"] is None else f"rank {lora['rank']}"
+        layers = len(lora["targets"])
+        parts.append(f"LoRA of {rank} on {layers} linear layers, {lora['dtype']}")
+    if prefix:
+        parts.append("a prefix of any length")
+    return "; ".join(parts) or "none: adapters are in the weights"
+
+
+def _entry(entry: Mapping[str, Any]) -> str:
+    if entry.get("method") == "prefix":
+        return (
+            f"{entry.get('name')}: prefix of {entry.get('tokens')} tokens, "
+            f"fingerprint {str(entry.get('fingerprint'))[:_SHORT]}"
+        )
     targets = entry.get("targets", [])
     replaced = entry.get("replaced", [])
     also = f", {len(replaced)} replaced tensors" if replaced else ""
     return (
         f"{entry.get('name')}: {entry.get('method')} of rank {entry.get('rank')}, scaling "
-        f"{entry.get('scaling'):g}, {entry.get('mode')} into {len(targets)} modules{also}, "
+        f"{entry.get('scaling'):g}, {_place(entry)} {len(targets)} modules{also}, "
         f"fingerprint {str(entry.get('fingerprint'))[:_SHORT]}"
     )
+
+
+def _place(entry: Mapping[str, Any]) -> str:
+    return "kept apart, for" if entry.get("mode") == "runtime" else f"{entry.get('mode')} into"
 
 
 def _specs(specs: tuple[TensorSpec, ...]) -> str:
@@ -287,5 +310,5 @@ def _files(found: BundleInspection) -> Table:
     return table
 
 
-def _kind(manifest: Manifest) -> str:
-    return "Paddle static format" if manifest.opset is None else f"opset {manifest.opset}"
+def _kind(opset: int | None) -> str:
+    return "Paddle's static format" if opset is None else f"opset {opset}"
