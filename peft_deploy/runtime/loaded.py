@@ -139,8 +139,9 @@ class LoadedBundle:
         """
         wanted = "sentence embeddings (export --pooling mean|cls)"
         require_output(self.runner.signature, SENTENCE_EMBEDDING, rank=2, wanted=wanted)
+        several = [texts] if isinstance(texts, str) else list(texts)
         options: dict[str, Any] = {"batch_size": batch_size, "truncate": truncate}
-        return embeddings(self.read(texts, outputs=[SENTENCE_EMBEDDING], **options))
+        return embeddings(self.read(several, outputs=[SENTENCE_EMBEDDING], **options))
 
     def predict(
         self, texts: TextInput | Sequence[TextInput], *, batch_size: int = 32, truncate: bool = False
@@ -238,8 +239,8 @@ class LoadedBundle:
         """
         if not self.runner.signature.past:
             raise ExecutionError(
-                f"{self.folder} is an encoder's bundle, which reads texts and continues none",
-                hint="use embed, predict or read of peft_deploy.runtime.load_bundle",
+                f"{self.folder} has no cache (past_key_values), so it cannot continue texts",
+                hint="an encoder reads them: load_bundle(…).embed, .predict or .read in Python",
             )
         if system is not None and not chat:
             raise ConfigError("a system message needs the chat template", hint="add chat (--chat)")
