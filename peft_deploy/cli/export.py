@@ -43,6 +43,11 @@ if TYPE_CHECKING:
     help="One rank for all slots, for runtimes that take no empty tensors.",
 )
 @click.option(
+    "--prefix-slots",
+    is_flag=True,
+    help="Let the graph take a prefix from an .onnx_adapter file, too.",
+)
+@click.option(
     "--signature",
     type=click.Path(path_type=Path),
     metavar="FILE",
@@ -95,6 +100,7 @@ def export_command(
     adapters: str | None,
     slots: str | None,
     slot_rank: int | None,
+    prefix_slots: bool,
     signature: Path | None,
     output: Path,
     format: str,
@@ -132,6 +138,7 @@ def export_command(
         adapters=adapters,
         slots=slots,
         slot_rank=slot_rank,
+        prefix_slots=prefix_slots,
         format=format,
         opset=opset,
         pooling=pooling,

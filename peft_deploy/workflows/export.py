@@ -22,7 +22,7 @@ from peft_deploy.workflows.contents import fill_bundle
 from peft_deploy.workflows.description import plan_lines
 from peft_deploy.workflows.kept_adapters import check_keepable
 from peft_deploy.workflows.phase_clock import PhaseClock
-from peft_deploy.workflows.prefixes import is_prefix
+from peft_deploy.workflows.prefixes import check_takes_prefixes, is_prefix
 from peft_deploy.workflows.sources import (
     EXPORT_DTYPE,
     Adapters,
@@ -202,6 +202,8 @@ def _source(
         source = from_memory(base, folder, keep=keep, pooling=options.pooling)
     for named in source.kept:
         check_keepable(named.adapter, source)
+    if options.prefix_slots:
+        check_takes_prefixes(source)
     for remark in source.family.remarks(source.config):
         warnings.warn(remark, stacklevel=3)
     return source

@@ -18,11 +18,11 @@ from peft_deploy.base import BaseModel
 from peft_deploy.bundle.adapter_files import adapter_path
 from peft_deploy.bundle.folder import BundleFolder
 from peft_deploy.bundle.prefixes import Prefix, check_prefix, prefix_path, write_prefix_file
-from peft_deploy.errors import AdapterError, listed
+from peft_deploy.errors import AdapterError, ConfigError, listed
 from peft_deploy.families import DecoderFamily, past_rule_of
 from peft_deploy.signature import POSITION_IDS, GraphSignature
 from peft_deploy.weights import cast_array
-from peft_deploy.workflows.sources import EXPORT_DTYPE, name_and_path
+from peft_deploy.workflows.sources import EXPORT_DTYPE, ExportSource, name_and_path
 
 METHOD = "prefix"
 
@@ -64,6 +64,20 @@ def is_prefix(text: str) -> bool:
         AdapterError: it is not there, or no adapter.
     """
     return detect(name_and_path(text)[1])[1] is Method.PREFIX
+
+
+def check_takes_prefixes(source: ExportSource) -> None:
+    """Passes when the model has a cache, before which a prefix can stand.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    if not source.family.signature(source.config, EXPORT_DTYPE).past:
+        raise ConfigError(
+            f"prefix slots were asked for, and a {source.family.model_type} model has no cache that could begin "
+            "with a prefix",
+            hint="leave --prefix-slots out; only decoders take prefixes",
+        )
 
 
 def split_prefixes(
