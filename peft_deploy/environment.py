@@ -13,6 +13,8 @@ import os
 import sys
 import types
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from peft_deploy.errors import MissingExtraError
@@ -78,9 +80,7 @@ def require_paddle_inference(purpose: str = "running a bundle in Paddle's format
             os.environ.setdefault("MKL_DEBUG_CPU_TYPE", "5")
         if not debugging():
             os.environ.setdefault("GLOG_minloglevel", "3")
-    with warnings.catch_warnings():
-        if not debugging():
-            warnings.simplefilter("ignore")  # about ccache, distutils and pkg_resources
+    with _quiet_import():
         import paddle  # noqa: F401
 
 
@@ -123,14 +123,26 @@ def _is_amd() -> bool:
 
 
 def _silence_paddle() -> None:
+    with _quiet_import():
+        import paddlenlp  # noqa: F401
+        from paddlenlp.utils.log import logger
+    logger.set_level("CRITICAL")
+
+
+@contextmanager
+def _quiet_import() -> Iterator[None]:
+    """Imports inside warn of nothing, and leave the root logger as it was: both packages, or what they import,
+    make it print everybody's INFO lines.
+    """
+    if debugging():
+        yield
+        return
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import paddlenlp  # noqa: F401  (its import warns about ccache, distutils and pkg_resources)
-        from paddlenlp.utils.log import logger
-
-    logger.set_level("CRITICAL")
-    # Importing PaddleNLP makes the root logger print everybody's INFO lines.
-    root.handlers[:] = handlers
-    root.setLevel(level)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about ccache, distutils and pkg_resources
+            yield
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
