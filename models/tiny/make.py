@@ -135,6 +135,33 @@ def make_lora(
     return folder
 
 
+def make_prefix(folder: Path, base: Path, *, tokens: int = 5, seed: int = 9) -> Path:
+    """Writes a prefix in PaddleNLP's form, its embedding and projection random.
+
+    Args:
+        folder: where to.
+        base: the base model's folder, of a decoder.
+        tokens: P.
+        seed: decides the values.
+    """
+    import paddle
+
+    from peft_deploy.adapters.prefix import PrefixModelForCausalLM
+    from peft_deploy.base import open_base
+    from peft_deploy.base.dygraph import load_model
+    from peft_deploy.config import PrefixConfig
+
+    config = PrefixConfig(num_prefix_tokens=tokens, prefix_projection=True)
+    adapted = PrefixModelForCausalLM(load_model(open_base(base)), config)
+    rng = np.random.default_rng(seed)
+    for parameter in adapted.prefix_encoder.parameters():
+        scale = 1.0 if len(parameter.shape) == 1 else 1.5 / math.sqrt(parameter.shape[0])
+        values = rng.normal(0, scale, parameter.shape).astype(np.float32)
+        parameter.set_value(paddle.to_tensor(values))
+    adapted.save_pretrained(folder)
+    return folder
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
