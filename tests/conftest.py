@@ -12,6 +12,8 @@
 ``smollm2``
     The folder of SmolLM2-135M-Instruct; its recipe makes it when it is missing. Mark tests that
     use it ``slow``.
+``minilm``
+    The folder of the sentence encoder all-MiniLM-L6-v2, likewise.
 """
 
 from __future__ import annotations
@@ -49,7 +51,16 @@ def tiny_llama(make_tiny_llama: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    recipe = load_recipe("smollm2-135m")
+    return _made("smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    return _made("minilm")
+
+
+def _made(name: str) -> Path:
+    recipe = load_recipe(name)
     try:
         folder: Path = recipe.make()
     except recipe.RecipeError as exc:
