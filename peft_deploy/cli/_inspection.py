@@ -22,6 +22,7 @@ from peft_deploy.inspection import (
     TensorTotals,
 )
 from peft_deploy.signature import TensorSpec, past_names, present_names
+from peft_deploy.weights.rounding import ROUNDING_LIMIT, lossy
 
 _SHOWN = 12  # files, replaced tensors and operators in one list; the rest is counted
 _TIMES = "×"  # noqa: RUF001 (the multiplication sign is meant)
@@ -219,6 +220,7 @@ def _bundle(found: BundleInspection) -> RenderableType:
             f"fingerprint {str(base.get('fingerprint'))[:_SHORT]}",
         ),
         ("adapters", "\n".join(_entry(entry) for entry in manifest.adapters) or "none"),
+        *(("rounding", _rounding(e)) for e in manifest.adapters if "rounding" in e),
         ("slots", _slots(manifest.graph)),
         ("graph", f"{_kind(manifest.opset)}, {found.nodes:,} nodes"),
         ("operators", named + (f" and {more} more kinds" if more > 0 else "")),
@@ -261,6 +263,22 @@ def _entry(entry: Mapping[str, Any]) -> str:
         f"{entry.get('scaling'):g}, {_place(entry)} {len(targets)} modules{also}, "
         f"fingerprint {str(entry.get('fingerprint'))[:_SHORT]}"
     )
+
+
+def _rounding(entry: Mapping[str, Any]) -> str | Text:
+    """What of the adapter's change was lost when the merged weights were rounded."""
+    lost, dtype = entry["rounding"]["lost"], entry["rounding"]["dtype"]
+    if not lost:
+        return f"{entry.get('name')}: no changed weight was rounded"
+    worst = max(lost, key=lost.__getitem__)
+    text = (
+        f"{entry.get('name')}: to {dtype}, at most {lost[worst]:.2g} of a layer's change ({worst})"
+    )
+    over = lossy(lost)
+    if not over:
+        return text
+    names = ", ".join(list(over)[:_SHOWN]) + (" …" if len(over) > _SHOWN else "")
+    return Text(f"{text}; more than {ROUNDING_LIMIT:g} was lost in: {names}", "bold yellow")
 
 
 def _place(entry: Mapping[str, Any]) -> str:

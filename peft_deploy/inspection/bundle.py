@@ -167,7 +167,19 @@ def _compare_graph(model: Path, manifest: Manifest) -> list[str]:
         tuple(_spec(v) for v in loaded.graph.inputs if v.name not in loaded.graph.initializers),
         tuple(_spec(value) for value in loaded.graph.outputs),
     )
-    return problems + _differences(declared, manifest.signature)
+    return problems + _differences(declared, manifest.signature) + _slots(loaded, manifest)
+
+
+def _slots(model: Any, manifest: Manifest) -> list[str]:
+    """Where the inputs with a default are not the slots that the manifest names."""
+    graph = model.graph
+    found = {value.name for value in graph.inputs if value.name in graph.initializers}
+    promised = set(manifest.graph.get("lora_slots", {}).get("names", ()))
+    promised |= set(manifest.graph.get("prefix_slots", ()))
+    return [
+        f"the slot {name} is {'in the graph and not in' if name in found else 'not in the graph but in'} the manifest"
+        for name in sorted(found ^ promised)
+    ]
 
 
 def _spec(value: Any) -> TensorSpec:

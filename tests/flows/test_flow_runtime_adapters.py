@@ -145,7 +145,22 @@ def test_what_the_manifest_says(runtime_bundle: Path) -> None:
         assert part["passed"] is True
         assert part["adapter_effect"]["sensitivity"] < 1e-3
     assert "adapters off again" in {case["name"] for case in manifest.parity["cases"]}
+
+
+def test_inspect_shows_adapters_and_slots(runtime_bundle: Path, tmp_path: Path) -> None:
+    shown = run("inspect", runtime_bundle, "--verify")
+    assert shown.exit_code == 0, shown.stderr
+    text = " ".join((shown.stdout + shown.stderr).split())
+    assert "tuned: lora of rank 5, scaling 2, kept apart, for 14 modules" in text
+    assert "LoRA of any rank on 14 linear layers, float32" in text
+    bundle = shutil.copytree(runtime_bundle, tmp_path / "bundle")
+    manifest = json.loads((bundle / "peft_deploy.json").read_text("utf-8"))
+    manifest["graph"]["lora_slots"]["names"].pop()
+    (bundle / "peft_deploy.json").write_text(json.dumps(manifest), "utf-8")
     assert inspect_bundle(runtime_bundle, verify=True).problems == ()
+    assert inspect_bundle(bundle, verify=True).problems == (
+        "the slot model.layers.1.mlp.down_proj.lora_B.weight is in the graph and not in the manifest",
+    )
 
 
 def test_each_adapter_is_checked_by_itself(

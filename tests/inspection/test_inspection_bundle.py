@@ -80,6 +80,10 @@ def test_a_file_that_the_manifest_does_not_know(bundle: Path) -> None:
             r"output y is float32 \['batch', 5\] in the graph and float32 \['batch', 6\]",
         ),
         (
+            {"graph": {"operators": {"MatMul": 1}, "prefix_slots": ["prefix.0.key"]}},
+            "slot prefix.0.key is not in the graph but in the manifest",
+        ),
+        (
             {"signature": GraphSignature((), SIGNATURE.outputs)},
             "input x is float32 .* in the graph and absent",
         ),
