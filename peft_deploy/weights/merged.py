@@ -11,7 +11,7 @@ import numpy as np
 from peft_deploy.errors import AdapterError
 from peft_deploy.weights.cast import cast_array, check_float
 from peft_deploy.weights.lora import LoraPair, merge_weight, require_finite
-from peft_deploy.weights.rounding import NARROW, RoundingLoss
+from peft_deploy.weights.rounding import NARROW, RoundingLoss, sampled_rows
 from peft_deploy.weights.source import FLOATING, Array, TensorInfo, TensorSource
 
 NAMED_MISFITS = 3
@@ -73,6 +73,7 @@ class MergedTensors:
         losses: gets, for every changed parameter that is read in float16 or bfloat16, what rounding
             lost of the change.
         original: for ``losses``, the model that training began with, where ``source`` is not it.
+        sampled: count in ``losses`` what rounding to float32 loses, too, on a sample of the rows.
 
     Raises:
         AdapterError: the adapter does not fit the source, or holds a NaN or an infinity.
@@ -87,9 +88,11 @@ class MergedTensors:
         tied: Mapping[str, str] | None = None,
         losses: MutableMapping[str, RoundingLoss] | None = None,
         original: TensorSource | None = None,
+        sampled: bool = False,
     ) -> None:
         self._source = source
         self._losses = losses
+        self._sampled = sampled
         self._original = source if original is None else original
         self._dtype = None if dtype is None else check_float(dtype)
         self.tied: Mapping[str, str] = getattr(source, "tied", {}) if tied is None else tied
@@ -130,7 +133,10 @@ class MergedTensors:
                 replacement is not None or self._original is not self._source
             ):
                 before = self._original.read(name)
-            return merge_weight(value, pair, name=name, dtype=target, loss=loss, before=before)
+            result = merge_weight(value, pair, name=name, dtype=target, loss=loss, before=before)
+            if self._sampled and target == "float32":
+                self._sample(name, value, pair, result)
+            return result
         result = cast_array(value, target, name=name) if target in FLOATING else value
         if loss is not None:
             loss.add_all(self._original.read(name), value, result)
@@ -143,6 +149,19 @@ class MergedTensors:
             return None
         self._losses[name] = loss = RoundingLoss()
         return loss
+
+    def _sample(self, name: str, value: Array, pair: LoraPair, result: Array) -> None:
+        """Counts what float32 loses of a change, against the same sum in float64."""
+        if self._losses is None:
+            return
+        rows = sampled_rows(result.shape)
+        before = value if self._original is self._source else self._original.read(name)
+        exact = value[rows].astype(np.float64) + pair.scaling * (
+            pair.A[rows].astype(np.float64) @ pair.B.astype(np.float64)
+        )
+        loss = RoundingLoss()
+        loss.add(before[rows], exact, result[rows])
+        self._losses[name] = loss
 
     def _target(self, info: TensorInfo) -> str:
         return self._dtype if self._dtype and info.dtype in FLOATING else info.dtype

@@ -7,15 +7,20 @@ adds to it is often not larger than that.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from peft_deploy.errors import listed
 from peft_deploy.weights.blocks import row_blocks
 from peft_deploy.weights.source import Array
 
+# Of a tensor in a wider type so many elements are looked at, in rows spread evenly: a share is then
+# known to a per cent, and costs nothing beside reading the tensor.
+SAMPLED = 1 << 18
 NARROW = frozenset({"float16", "bfloat16"})
 # At 0.25 the change that remains still points where the trained one did (cosine about 0.97); above
 # it, rounding is no longer small beside what was trained.
@@ -56,6 +61,44 @@ class RoundingLoss:
         arrays = [np.atleast_1d(array) for array in (before, exact, rounded)]
         for rows in row_blocks(arrays[0].shape, np.dtype(np.float64).itemsize):
             self.add(*(array[rows] for array in arrays))
+
+
+def sampled_rows(shape: tuple[int, ...]) -> slice:
+    """Rows spread evenly over a tensor that hold about :data:`SAMPLED` elements."""
+    total = math.prod(shape)
+    return slice(None, None, max(1, -(-total // SAMPLED)))
+
+
+def lossy(shares: Mapping[str, float]) -> dict[str, float]:
+    """The shares above :data:`ROUNDING_LIMIT`, the largest first.
+
+    Args:
+        shares: parameter → what rounding lost of its change.
+    """
+    over = {name: share for name, share in shares.items() if share > ROUNDING_LIMIT}
+    return dict(sorted(over.items(), key=lambda item: -item[1]))
+
+
+def describe_losses(dtype: str, shares: Mapping[str, float]) -> str | None:
+    """What to warn of; None when rounding lost little everywhere.
+
+    Args:
+        dtype: that was rounded to.
+        shares: parameter → what rounding lost of its change.
+    """
+    over = lossy(shares)
+    if not over:
+        return None
+    lines = [f"{name}: {share:.2f}" for name, share in over.items()]
+    remedy = (
+        "float16 keeps eight times more than bfloat16, float32 all of it"
+        if dtype in NARROW
+        else "the adapter hardly changes these layers: was its training rate far too small?"
+    )
+    return (
+        f"rounding to {dtype} lost more than {ROUNDING_LIMIT} of what the adapter changes "
+        f"(‖error‖ / ‖change‖) in {len(lines)} tensors:\n{listed(lines)}\n{remedy}"
+    )
 
 
 def _squares(array: npt.NDArray[Any]) -> float:

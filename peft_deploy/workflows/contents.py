@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,8 @@ from peft_deploy.config.json_file import read_object
 from peft_deploy.convert import ConversionJob
 from peft_deploy.errors import CheckpointError
 from peft_deploy.text import Tokenizer
+from peft_deploy.weights import RoundingLoss
+from peft_deploy.weights.rounding import describe_losses
 from peft_deploy.workflows.description import describe
 from peft_deploy.workflows.kept_adapters import select_layers, write_kept
 from peft_deploy.workflows.phase_clock import PhaseClock
@@ -50,7 +53,8 @@ def fill_bundle(
     from peft_deploy.convert import stream_weights
 
     generation = _read_companions(source)
-    tensors = source.merged(EXPORT_DTYPE)
+    losses: dict[str, RoundingLoss] = {}
+    tensors = source.merged(EXPORT_DTYPE, losses)
     fingerprint = source.fingerprint()
     folder.require_space(sum(tensors.info(name).nbytes for name in tensors.names()))
     with weight_file(folder, options.format) as file:
@@ -65,7 +69,10 @@ def fill_bundle(
     slots = options.prefix_slots
     write_prefixes(folder, source.prefixes, signature, fingerprint, slots=slots)
     hashes = folder.hashes({file.path.name: file.sha256})
-    manifest = describe(source, options, converted, hashes, fingerprint, graph)
+    shares = {name: loss.relative for name, loss in losses.items()}
+    if warning := describe_losses(EXPORT_DTYPE, shares):
+        warnings.warn(warning, stacklevel=3)
+    manifest = describe(source, options, converted, hashes, fingerprint, graph, shares)
     folder.seal(manifest)
     return manifest
 

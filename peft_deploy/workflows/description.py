@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from importlib.metadata import distributions
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ def describe(
     hashes: dict[str, str],
     fingerprint: str,
     graph: dict[str, Any],
+    shares: Mapping[str, float],
 ) -> Manifest:
     """The manifest of a bundle that was not validated yet.
 
@@ -37,6 +39,7 @@ def describe(
         hashes: file → SHA-256.
         fingerprint: of the base model.
         graph: facts about the graph.
+        shares: parameter → what rounding lost of the merged adapter's change.
     """
     return Manifest(
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -50,7 +53,7 @@ def describe(
         context_length=source.family.dims(source.config).max_positions,
         base={"name": source.name, "layout": source.layout, "fingerprint": fingerprint},
         adapters=[
-            *([_adapter_entry(source.adapter, "merged")] if source.adapter else []),
+            *([_merged_entry(source.adapter, shares)] if source.adapter else []),
             *(_adapter_entry(named, RUNTIME) for named in source.kept),
             *(named.entry(slots=options.prefix_slots) for named in source.prefixes),
         ],
@@ -99,6 +102,15 @@ def describe_layer(
         graph=graph,
         layer=layer.to_dict(),
     )
+
+
+def _merged_entry(named: NamedAdapter, shares: Mapping[str, float]) -> dict[str, Any]:
+    """With what rounding lost of the adapter, module by module: ‖round(W + Δ) - (W + Δ)‖ / ‖Δ‖."""
+    lost = {
+        name.removesuffix(".weight"): float(f"{share:.3g}")
+        for name, share in sorted(shares.items())
+    }
+    return {**_adapter_entry(named, "merged"), "rounding": {"dtype": EXPORT_DTYPE, "lost": lost}}
 
 
 def _adapter_entry(named: NamedAdapter, mode: str) -> dict[str, Any]:

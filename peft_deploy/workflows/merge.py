@@ -22,7 +22,7 @@ from peft_deploy.atomic_folder import AtomicFolder, FolderKind, check_output, ne
 from peft_deploy.base import BaseModel, open_base
 from peft_deploy.base.folder import CONFIG
 from peft_deploy.config.merge import MergeOptions
-from peft_deploy.errors import OutputError, listed
+from peft_deploy.errors import OutputError
 from peft_deploy.progress import Progress, Silent
 from peft_deploy.weights import (
     ROUNDING_LIMIT,
@@ -35,6 +35,7 @@ from peft_deploy.weights import (
     write_safetensors,
 )
 from peft_deploy.weights.canonical import HUGGINGFACE, PADDLENLP
+from peft_deploy.weights.rounding import describe_losses, lossy
 from peft_deploy.workflows.lineage import check_lineage
 from peft_deploy.workflows.merged_checkpoint import check_known, main_dtype, merged_config, verify
 from peft_deploy.workflows.sources import NamedAdapter, read_named
@@ -78,8 +79,7 @@ class MergeResult:
     @property
     def lossy(self) -> dict[str, float]:
         """The entries of ``rounding_loss`` above the limit, the largest first."""
-        over = {n: x for n, x in self.rounding_loss.items() if x > ROUNDING_LIMIT}
-        return dict(sorted(over.items(), key=lambda item: -item[1]))
+        return lossy(self.rounding_loss)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready form."""
@@ -202,7 +202,8 @@ def _in_layout(
 ) -> TensorSource:
     if layout == HUGGINGFACE:
         return _Reported(HuggingFaceTensors(merged, model.names), progress)
-    return _Reported(merged, progress)
+    copies = model.family.kept_apart(model.config)
+    return _Reported(WithCopies(merged, copies), progress)
 
 
 def _write(
@@ -248,15 +249,9 @@ def _record(model: BaseModel, named: NamedAdapter, result: MergeResult) -> Merge
 
 
 def _warn_of_losses(result: MergeResult) -> None:
-    if not result.lossy:
-        return
-    lines = [f"{name}: {loss:.2f}" for name, loss in result.lossy.items()]
-    warnings.warn(
-        f"rounding to {result.dtype} lost more than {ROUNDING_LIMIT} of what the adapter changes "
-        f"(‖error‖ / ‖change‖) in {len(lines)} tensors:\n{listed(lines)}\n"
-        "float16 keeps eight times more than bfloat16, float32 all of it",
-        stacklevel=3,
-    )
+    text = describe_losses(result.dtype, result.rounding_loss)
+    if text is not None:
+        warnings.warn(text, stacklevel=3)
 
 
 def _json(data: Mapping[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,13 @@ from peft_deploy.base import BaseModel, open_base
 from peft_deploy.errors import ConfigError
 from peft_deploy.families import Family
 from peft_deploy.progress import Progress
-from peft_deploy.weights import AdapterTensors, MergedTensors, SubsetTensors, TensorSource
+from peft_deploy.weights import (
+    AdapterTensors,
+    MergedTensors,
+    RoundingLoss,
+    SubsetTensors,
+    TensorSource,
+)
 from peft_deploy.workflows.lineage import check_lineage
 
 if TYPE_CHECKING:
@@ -70,8 +76,14 @@ class ExportSource:
     prefixes: tuple[NamedPrefix, ...] = ()
     kept: tuple[NamedAdapter, ...] = ()
 
-    def merged(self, dtype: str) -> TensorSource:
+    def merged(
+        self, dtype: str, losses: MutableMapping[str, RoundingLoss] | None = None
+    ) -> TensorSource:
         """The weights of the bundle, computed as they are read.
+
+        Args:
+            dtype: of the weights.
+            losses: gets what rounding loses of every change, once its parameter is read.
 
         Raises:
             AdapterError: the adapter does not fit the base model.
@@ -80,7 +92,7 @@ class ExportSource:
         if self.adapter is None:
             merged = MergedTensors(self.tensors, AdapterTensors({}, {}), dtype)
         else:
-            merged = self.adapter.adapter.merge_into(self.tensors, dtype)
+            merged = self.adapter.adapter.merge_into(self.tensors, dtype, losses, sampled=True)
         return SubsetTensors(merged, unused) if unused else merged
 
 

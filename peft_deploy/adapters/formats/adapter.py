@@ -71,6 +71,8 @@ class Adapter:
         source: TensorSource,
         dtype: str | None = None,
         losses: MutableMapping[str, RoundingLoss] | None = None,
+        *,
+        sampled: bool = False,
     ) -> MergedTensors:
         """The base model's tensors with this adapter merged into them, computed as they are read.
 
@@ -79,6 +81,7 @@ class Adapter:
                 training.
             dtype: floating-point type of all results; each tensor keeps its own when None.
             losses: gets what rounding loses; see :class:`~peft_deploy.weights.MergedTensors`.
+            sampled: likewise.
 
         Raises:
             AdapterError: the adapter does not fit the base model.
@@ -90,7 +93,13 @@ class Adapter:
         )
         tied = getattr(source, "tied", {})
         return MergedTensors(
-            base, self._tensors(), dtype, tied=tied, losses=losses, original=source
+            base,
+            self._tensors(),
+            dtype,
+            tied=tied,
+            losses=losses,
+            original=source,
+            sampled=sampled,
         )
 
     def _tensors(self) -> AdapterTensors:
