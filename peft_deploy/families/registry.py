@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from peft_deploy.errors import UnsupportedModelError, nearest
+from peft_deploy.families.broken import find_broken
 from peft_deploy.families.family import Family
 
 F = TypeVar("F", bound=Family)
@@ -31,7 +32,8 @@ def find_family(config: Mapping[str, Any]) -> Family:
     """The family that claims a config.json.
 
     Raises:
-        UnsupportedModelError: none does; the message names the known architectures.
+        UnsupportedModelError: none does; the message names the known architectures, or says why the model does not
+            even run in PaddleNLP.
     """
     named = config.get("architectures") or []
     for name in named:
@@ -41,6 +43,11 @@ def find_family(config: Mapping[str, Any]) -> Family:
         for family in _BY_ARCHITECTURE.values():
             if family.model_type == config.get("model_type"):
                 return family.configured(config)
+    if broken := find_broken(named, config.get("model_type")):
+        name, fault = broken
+        raise UnsupportedModelError(
+            f"{name} cannot be exported: PaddleNLP's own class does not run on Paddle 3.3; {fault.reason}"
+        )
     asked = ", ".join(named) or f"model_type {config.get('model_type')!r}"
     close = nearest(named[0] if named else "", _BY_ARCHITECTURE)
     raise UnsupportedModelError(
