@@ -44,7 +44,6 @@ _DEFAULTS = {
 _TRAINED_LENGTH = 2048  # of all released models; nothing in the model ends there
 _REFUSED = {
     "use_long_sequence_strategies": "PaddleNLP's long-sequence strategies",
-    "slow_but_exact": "a sum over tensor-parallel slices, which leaves out biases,",
 }
 _FIXED = {"tie_word_embeddings": (True, "PaddleNLP's Bloom has no output layer of its own")}
 
@@ -100,6 +99,9 @@ class Bloom(DecoderFamily):
         """See :meth:`Family.paddle_arguments`."""
         refuse_set(config, _REFUSED)
         refuse_other(config, _FIXED)
+        if config.get("pretraining_tp", 1) != 1:
+            feature = "a sum over tensor-parallel slices, which leaves out biases,"
+            refuse_set(config, {"slow_but_exact": feature})
         sizes = {own: entry(config, own, *others) for own, others in _SIZES.items()}
         hidden = sizes["hidden_size"]
         inner = (

@@ -89,7 +89,7 @@ def activation(config: Mapping[str, Any], key: str, known: Mapping[str, str], de
             f"config.json sets activation_function to {theirs!r}; "
             f"PaddleNLP's class computes one of {', '.join(sorted(own))}",
         )
-    translated = {key: config.get(key), "activation_function": own.get(theirs)}
+    translated = {key: config.get(key), "activation_function": own.get(str(theirs))}
     chosen: str = entry(translated, key, "activation_function", default=default)
     if chosen not in known:
         raise UnsupportedModelError(

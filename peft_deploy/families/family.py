@@ -85,6 +85,10 @@ class Family(ABC):
             model: just built, its weights not initialized.
         """
 
+    def kept_apart(self, config: Mapping[str, Any]) -> Mapping[str, str]:
+        """The tied parameters that PaddleNLP's class has storage of its own for, and so looks for in a checkpoint."""
+        return {}
+
     @abstractmethod
     def paddle_arguments(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Keyword arguments for PaddleNLP's configuration class, from either kind of config.json.

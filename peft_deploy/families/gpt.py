@@ -44,6 +44,7 @@ _EPSILON_REASON = "PaddleNLP's GPT computes all norms with 1e-5"
 _FIXED = {
     "layer_norm_eps": (_EPSILON, _EPSILON_REASON),
     "layer_norm_epsilon": (_EPSILON, _EPSILON_REASON),
+    "hidden_act": ("gelu", "PaddleNLP's GPT reads hidden_activation in its place"),
     "scale_attn_weights": (True, "PaddleNLP's GPT always scales the scores"),
     "tie_word_embeddings": (True, "PaddleNLP's GPT has no output layer of its own"),
 }

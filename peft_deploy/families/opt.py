@@ -105,6 +105,10 @@ class OPT(DecoderFamily):
         default = "paddlenlp_version" not in config
         return {_HEAD: _EMBEDDING} if entry(config, "tie_word_embeddings", default=default) else {}
 
+    def kept_apart(self, config: Mapping[str, Any]) -> Mapping[str, str]:
+        """See :meth:`Family.kept_apart`."""
+        return self.tied(config)
+
     def paddle_arguments(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """See :meth:`Family.paddle_arguments`."""
         refuse_set(config, _REFUSED)
@@ -131,6 +135,7 @@ class OPT(DecoderFamily):
             "attention_probs_dropout_prob": entry(
                 config, "attention_probs_dropout_prob", "attention_dropout", default=0.0
             ),
+            "tie_word_embeddings": bool(self.tied(config)),
             **token_arguments(config),
         }
 
@@ -163,7 +168,7 @@ class OPT(DecoderFamily):
             "architectures": ["OPTForCausalLM"],
             **translated,
             "activation_function": function,
-            "tie_word_embeddings": bool(self.tied(config)),
+            **{key: config[key] for key in token_arguments(config)},
             "use_cache": True,
         }
 

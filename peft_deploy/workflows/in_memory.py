@@ -14,7 +14,7 @@ from peft_deploy.adapters.lora.views import adapter_of, base_value, is_disabled
 from peft_deploy.base.folder import companions_in
 from peft_deploy.base.pooling import with_pooling
 from peft_deploy.errors import AdapterError, ConfigError
-from peft_deploy.families import find_family
+from peft_deploy.families import Family, find_family
 from peft_deploy.families.standins.parameters import unique_parameters
 from peft_deploy.weights import Array, TensorInfo, fingerprint
 from peft_deploy.workflows.sources import ExportSource, NamedAdapter
@@ -86,6 +86,7 @@ def from_memory(
     config = {**inner.config.to_dict(), "architectures": [type(inner).__name__]}
     config = with_pooling(find_family(config), config, tokenizer, pooling)
     family = find_family(config)
+    config = _as_tied_as_it_is(config, family, inner)
     family.paddle_arguments(config)
     tied = dict(family.tied(config))
     tensors = _tensors(inner, adapted, tied)
@@ -118,6 +119,14 @@ def from_memory(
         kept=(named,) if keep and named is not None else (),
         companions=[] if tokenizer is None else companions_in(tokenizer),
     )
+
+
+def _as_tied_as_it_is(config: dict[str, Any], family: Family, inner: nn.Layer) -> dict[str, Any]:
+    """The configuration with what the model itself does: a default may say "tied" where the class never ties."""
+    parameters = dict(inner.named_parameters(remove_duplicate=False))
+    tied = family.tied(config).items()
+    apart = any(n in parameters and parameters[n] is not parameters.get(t) for n, t in tied)
+    return {**config, "tie_word_embeddings": False} if apart else config
 
 
 def _tensors(inner: nn.Layer, adapted: LoRAModel | None, tied: dict[str, str]) -> MemoryTensors:

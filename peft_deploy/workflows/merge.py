@@ -35,6 +35,7 @@ from peft_deploy.weights import (
     write_safetensors,
 )
 from peft_deploy.weights.canonical import HUGGINGFACE, PADDLENLP
+from peft_deploy.weights.copies import WithCopies
 from peft_deploy.weights.rounding import describe_losses, lossy
 from peft_deploy.workflows.lineage import check_lineage
 from peft_deploy.workflows.merged_checkpoint import check_known, main_dtype, merged_config, verify
