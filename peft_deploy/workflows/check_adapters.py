@@ -15,7 +15,7 @@ from peft_deploy.parity.report import CaseResult, ParityReport
 from peft_deploy.progress import Progress, Silent
 from peft_deploy.runtime import Session
 from peft_deploy.runtime.runner import Array
-from peft_deploy.signature import ATTENTION_MASK, INPUT_IDS, LOGITS, POSITION_IDS
+from peft_deploy.signature import ATTENTION_MASK, INPUT_IDS, POSITION_IDS
 from peft_deploy.workflows.check_extras import CheckExtras
 from peft_deploy.workflows.sources import ExportSource
 
@@ -50,44 +50,45 @@ def check_adapters(
     if not source.kept:
         return report
     # Here, because of what validate imports in turn.
-    from peft_deploy.parity.reference import PaddleReference
-    from peft_deploy.workflows.validate import check_runner
+    from peft_deploy.workflows.validate import check_bundle
 
     progress = progress or Silent()
     session = Session(folder, provider=provider)
-    before = _probe(session, seed)
+    vocab_size = source.family.dims(source.config).vocab_size
+    before = _probe(session, vocab_size, seed)
     parts: dict[str, ParityReport] = {}
     for named in source.kept:
         progress.phase(f"Preparing the check of {named.name}")
         session.load_adapter(named.name)
         model = source.load_adapted(progress, named)
-        parts[PART.format(named.name)] = check_runner(
+        parts[PART.format(named.name)] = check_bundle(
             folder,
-            PaddleReference(model, source.family, source.config),
-            session.runner(named.name),
-            source.family.dims(source.config).max_positions,
+            model,
+            source.family,
+            source.config,
+            runner=session.runner(named.name),
             provider=provider,
             seed=seed,
             progress=progress,
             extras=extras,
         )
-    off = _compare_off(before, _probe(session, seed))
+    off = _compare_off(before, _probe(session, vocab_size, seed))
     return replace(report, cases=(*report.cases, off), parts={**report.parts, **parts})
 
 
-def _probe(session: Session, seed: int) -> Mapping[str, Array]:
+def _probe(session: Session, vocab_size: int, seed: int) -> Mapping[str, Array]:
     """Every output for a few tokens without an adapter."""
-    sizes = {spec.name: spec.dims[-1] for spec in session.signature.outputs}
-    vocabulary = sizes.get(LOGITS)
-    top = vocabulary if isinstance(vocabulary, int) else 1
-    places = np.arange(_PROBE, dtype=np.int64)[None]
-    feeds: dict[str, Array] = {
-        INPUT_IDS: np.random.default_rng(seed).integers(0, top, places.shape),
-        ATTENTION_MASK: np.ones(places.shape, np.int64),
-        POSITION_IDS: places,
+    shape = (1, _PROBE)
+    given: dict[str, Array] = {
+        INPUT_IDS: np.random.default_rng(seed).integers(0, vocab_size, shape),
+        ATTENTION_MASK: np.ones(shape, np.int64),
+        POSITION_IDS: np.arange(_PROBE, dtype=np.int64)[None],
     }
-    wanted = session.signature.input_names
-    return session.run({name: array for name, array in feeds.items() if name in wanted})
+    signature = session.signature
+    cache = {spec.name for spec in signature.past}
+    others = np.zeros(shape, np.int64)  # such as an encoder's segments
+    names = [name for name in signature.input_names if name not in cache]
+    return session.run({name: given.get(name, others) for name in names})
 
 
 def _compare_off(before: Mapping[str, Array], after: Mapping[str, Array]) -> CaseResult:

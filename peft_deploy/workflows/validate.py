@@ -142,6 +142,7 @@ def check_bundle(
     family: Family,
     config: Mapping[str, Any],
     *,
+    runner: Runner | None = None,
     provider: str = "cpu",
     seed: int = 0,
     progress: Progress | None = None,
@@ -154,6 +155,7 @@ def check_bundle(
         model: in the dynamic graph, its adapter active and not merged; left as it was.
         family: of the model.
         config: the base model's config.json.
+        runner: of the bundle, where it is open already, such as one with an adapter active.
         provider: what runs the bundle.
         seed: of the random tokens.
         progress: gets a phase for the reference, the bundle and the generation.
@@ -162,11 +164,10 @@ def check_bundle(
     from peft_deploy.parity.reference import PaddleReference
 
     reference = PaddleReference(model, family, config)
-    runner = open_runner(folder, reference.signature, provider=provider)
     return check_runner(
         folder,
         reference,
-        runner,
+        runner or open_runner(folder, reference.signature, provider=provider),
         family.dims(config).max_positions,
         encoder=None if reference.signature.past else EncoderSizes.of(family, config),
         provider=provider,
