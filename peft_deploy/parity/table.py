@@ -160,6 +160,17 @@ def _failures(report: ParityReport) -> list[str]:
     return lines
 
 
+def explain_report(report: ParityReport) -> str:
+    """The closing sentence, and the first failures of the bundle and of each part, a line each."""
+    lines = [closing_sentence(report), *_failures(report)]
+    if report.generation is not None and not report.generation.passed:
+        lines += _generation_failures(report.generation)
+    for name, part in report.parts.items():
+        if not part.passed:
+            lines += [f"With {name}:", *explain_report(part).splitlines()]
+    return "\n".join(lines)
+
+
 def share_of_limit(used: float) -> str:
     """How much of its limit an error takes up: ``40 %``, ``7.3 ×`` when it is broken."""
     return f"{100 * used:.0f} %" if used <= 1 else f"{used:.3g} \N{MULTIPLICATION SIGN}"

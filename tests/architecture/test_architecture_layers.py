@@ -31,6 +31,7 @@ LAYERS = (
     "parity",
     "inspection",
     "workflows",
+    "testing",
     "cli",
 )
 # They are the outside of the package: they import from everywhere, and nothing imports from them.

@@ -30,3 +30,17 @@ def merged_bundle(
     output = tmp_path_factory.mktemp("bundles") / "merged"
     peft_deploy.export(tiny_llama, output, adapter=tiny_adapter)
     return output
+
+
+@pytest.fixture(scope="session")
+def recorded(
+    tiny_llama: Path, tiny_adapter: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A bundle that holds what its reference said; beside it lie its report and the cases."""
+    folder = tmp_path_factory.mktemp("recorded")
+    (folder / "cases.txt").write_text("the lamp had burned all night\nand\n")
+    options = ExportOptions(
+        record_reference=True, cases=folder / "cases.txt", report=folder / "report"
+    )
+    peft_deploy.export(tiny_llama, folder / "out", adapter=tiny_adapter, options=options)
+    return folder / "out"

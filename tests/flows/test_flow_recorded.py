@@ -24,20 +24,6 @@ pytestmark = pytest.mark.convert
 RECORDED = "reference/0-bundle.safetensors"
 
 
-@pytest.fixture(scope="module")
-def recorded(
-    tiny_llama: Path, tiny_adapter: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """The bundle; beside it lie its report and the cases."""
-    folder = tmp_path_factory.mktemp("recorded")
-    (folder / "cases.txt").write_text("the lamp had burned all night\nand\n")
-    options = ExportOptions(
-        record_reference=True, cases=folder / "cases.txt", report=folder / "report"
-    )
-    peft_deploy.export(tiny_llama, folder / "out", adapter=tiny_adapter, options=options)
-    return folder / "out"
-
-
 @pytest.fixture
 def copy(recorded: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(recorded, tmp_path / "copy"))
