@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import paddle
 from paddle import Tensor, nn
 from paddle.nn import functional as F
@@ -20,6 +21,13 @@ from peft_deploy.families.standins.rotary import RotaryTable
 from peft_deploy.families.standins.scope import ScopeTrace
 
 
+def coarse_slopes(heads: int) -> npt.NDArray[np.float32]:
+    """The slopes of ALiBi as PaddleNLP's RW has them, rounded to bfloat16: [H]."""
+    rounded = paddle.to_tensor(alibi_slopes(heads)).cast("bfloat16").cast("float32")
+    slopes: npt.NDArray[np.float32] = rounded.numpy()
+    return slopes
+
+
 class _Falcon(nn.Layer):  # type: ignore[misc]
     """Shares the parameters of the model it stands for."""
 
@@ -34,9 +42,8 @@ class _Falcon(nn.Layer):  # type: ignore[misc]
         self.multi_query, self.parallel = config.multi_query, config.parallel_attn
         self.rotary = None
         if config.alibi:
-            # PaddleNLP rounds the slopes to bfloat16, and scales what they give as it does the scores.
-            slopes = paddle.to_tensor(alibi_slopes(self.heads)).cast("bfloat16").cast("float32")
-            self.slopes = slopes.numpy() * np.float32(self.scale)
+            # PaddleNLP scales what ALiBi adds together with the scores.
+            self.slopes = coarse_slopes(self.heads) * np.float32(self.scale)
         else:
             half = self.head_dim // 2
             layer = model.transformer.h[0].self_attention.maybe_rotary
