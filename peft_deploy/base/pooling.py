@@ -47,7 +47,7 @@ def with_pooling(
     if asked is not None:
         normalize = folder is not None and normalizes(folder)
         return Pooling(mode=asked, normalize=normalize).into(config)
-    if folder is None or not family.pools(config) or POOLING in config:
+    if folder is None or not family.pools(config) or config.get(POOLING) is not None:
         return dict(config)
     own = read_pooling(folder)
     return dict(config) if own is None else own.into(config)
