@@ -27,6 +27,7 @@ COMPANIONS = (
     "added_tokens.json",
     "chat_template.jinja",
     "tokenizer.model",
+    "vocab.txt",
     "vocab.json",
     "merges.txt",
 )

@@ -22,6 +22,8 @@ from peft_deploy.config.json_file import read_object
 from peft_deploy.convert import ConversionJob
 from peft_deploy.errors import CheckpointError
 from peft_deploy.text import Tokenizer
+from peft_deploy.text.tokenizer import TOKENIZER
+from peft_deploy.text.wordpiece import VOCABULARY, wordpiece_json
 from peft_deploy.weights import RoundingLoss
 from peft_deploy.weights.rounding import describe_losses
 from peft_deploy.workflows.description import describe
@@ -119,8 +121,10 @@ def _read_companions(source: ExportSource) -> dict[str, Any] | None:
         CheckpointError: one of the files cannot be read.
     """
     files = {path.name: path for path in source.companions}
-    if "tokenizer.json" in files:
-        Tokenizer.from_folder(files["tokenizer.json"].parent)
+    if TOKENIZER in files:
+        Tokenizer.from_folder(files[TOKENIZER].parent)
+    else:
+        _missing_tokenizer(source)
     path = files.get("generation_config.json")
     return None if path is None else read_object(path, CheckpointError)
 
@@ -130,6 +134,8 @@ def _write_configs(
 ) -> None:
     for file in source.companions:
         folder.copy(file)
+    if tokenizer := _missing_tokenizer(source):
+        folder.write_text(TOKENIZER, tokenizer)
     config = source.family.huggingface_config(source.config)
     folder.write_text("config.json", _json(config))
     family = source.family
@@ -138,6 +144,14 @@ def _write_configs(
         inputs = family.signature(source.config).input_names
         genai = genai_config(family.genai_type, family.dims(source.config), tokens, inputs)
         folder.write_text("genai_config.json", _json(genai))
+
+
+def _missing_tokenizer(source: ExportSource) -> str | None:
+    """The contents of the ``tokenizer.json`` that only a WordPiece vocabulary stands for; None where it does not."""
+    folders = {path.name: path.parent for path in source.companions}
+    if TOKENIZER in folders or VOCABULARY not in folders:
+        return None
+    return wordpiece_json(folders[VOCABULARY])
 
 
 def _json(data: Mapping[str, Any]) -> str:
