@@ -29,6 +29,7 @@ from peft_deploy.families.past import (
     known_past_rules,
     past_dims,
     past_rule_of,
+    why_no_past,
 )
 from peft_deploy.families.pooling import Pooling
 from peft_deploy.families.registry import find_family, known_architectures, register
@@ -53,4 +54,5 @@ __all__ = [
     "past_dims",
     "past_rule_of",
     "register",
+    "why_no_past",
 ]

@@ -72,6 +72,12 @@ _RULES = {
     "qwen2": PastRule("BSKD"),
 }
 
+# PaddleNLP's class → why a past that it has not computed itself cannot be given to it.
+_UNFIT = {
+    "RWForCausalLM": "it takes the head size for the length of the past when it makes the mask, and rotates new "
+    "tokens from position 0 on in every call",
+}
+
 
 @dataclass(frozen=True)
 class PastDims:
@@ -102,6 +108,11 @@ def known_past_rules() -> list[str]:
 def find_past_rule(base_model_prefix: str | None) -> PastRule | None:
     """What the model does with a past; None for one that is not described."""
     return _RULES.get(base_model_prefix or "")
+
+
+def why_no_past(model_class: str) -> str | None:
+    """Why no past can be given to one of PaddleNLP's classes; None where nothing speaks against it."""
+    return _UNFIT.get(model_class)
 
 
 def past_rule_of(family: Family, config: Mapping[str, Any]) -> PastRule | None:

@@ -14,10 +14,18 @@ from model_recipes import load_recipe
 from safetensors.numpy import load_file, save_file
 
 import peft_deploy
+from peft_deploy.adapters.prefix import PrefixModelForCausalLM
+from peft_deploy.adapters.prefix.errors import UnsupportedPrefixModelError
 from peft_deploy.base import open_base
 from peft_deploy.base.dygraph import build_skeleton, load_model, unique_parameters
+from peft_deploy.config import PrefixConfig
 from peft_deploy.config.export import ExportOptions
-from peft_deploy.errors import CheckpointError, ExecutionError, UnsupportedModelError
+from peft_deploy.errors import (
+    AdapterError,
+    CheckpointError,
+    ExecutionError,
+    UnsupportedModelError,
+)
 from peft_deploy.families import find_family
 from peft_deploy.parity.play import empty_cache
 from peft_deploy.runtime.onnx_runner import OnnxRunner
@@ -260,6 +268,82 @@ def test_paddlenlps_falcon_forgets_positions_with_a_cache(tmp_path: Path) -> Non
             ValueError, match=r"(?i)broadcast"
         ):  # two new tokens: a mask for 10 in the cache
             model(ids[:, -2:], past_key_values=past, attention_mask=paddle.ones([2, 7]))
+
+
+def test_falcon_takes_no_prefix(tmp_path: Path) -> None:
+    """PaddleNLP's own fails with one, unless it happens to be as long as a head is wide; here that is said."""
+    from paddlenlp.peft import prefix as reference
+
+    base = open_base(tiny.make(tmp_path / "base", "rw-sequential"))
+    sizes = {"num_prefix_tokens": 3, "num_attention_heads": 5, "num_hidden_layers": 2}
+    options = {**sizes, "hidden_size": 50, "prefix_projection": False}
+
+    def flat(past: paddle.Tensor) -> list[tuple[paddle.Tensor, ...]]:
+        layers = past.transpose([2, 0, 3, 1, 4]).reshape([4, -1, 3, 10])
+        return list(zip(layers[:2], layers[2:], strict=True))
+
+    theirs = reference.PrefixModelForCausalLM(
+        load_model(base), reference.PrefixConfig(**options), postprocess_past_key_value=flat
+    )
+    theirs.eval()
+    with pytest.raises(ValueError, match=r"(?i)broadcast"):
+        theirs(paddle.to_tensor(IDS), attention_mask=paddle.ones_like(paddle.to_tensor(IDS)))
+    theirs.save_pretrained(tmp_path / "prefix")
+
+    with pytest.raises(UnsupportedPrefixModelError, match="RWForCausalLM cannot take a prefix"):
+        PrefixModelForCausalLM(load_model(base), PrefixConfig(**options))
+    with pytest.raises(AdapterError, match="RWForCausalLM cannot take one: it takes the head"):
+        peft_deploy.export(base.path, tmp_path / "out", adapter=f"p={tmp_path / 'prefix'}")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["qwen", "qwen-logn-biased", "chatglm_v2"])
+def test_a_prefix_of_paddlenlps_is_one_of_ours(name: str, tmp_path: Path) -> None:
+    """The prefix counts among the tokens of log-n attention, and moves no positions."""
+    from paddlenlp.peft import prefix as reference
+
+    base = open_base(tiny.make(tmp_path / "base", name))
+    dims = base.dims
+    options = {
+        "num_prefix_tokens": 3,
+        "num_attention_heads": dims.num_heads,
+        "multi_query_group_num": dims.num_kv_heads,
+        "num_hidden_layers": dims.num_layers,
+        "hidden_size": dims.hidden_size,
+    }
+    post = getattr(
+        reference, f"{'chatglm' if 'glm' in name else 'qwen'}_postprocess_past_key_value"
+    )
+    theirs = reference.PrefixModelForCausalLM(
+        load_model(base), reference.PrefixConfig(**options), postprocess_past_key_value=post
+    )
+    weight = next(iter(theirs.prefix_encoder.parameters()))
+    weight.set_value(paddle.randn(weight.shape, dtype="float32"))
+    theirs.eval()
+    theirs.save_pretrained(tmp_path / "prefix")
+    ours = PrefixModelForCausalLM.from_pretrained(load_model(base), tmp_path / "prefix")
+    ours.eval()
+    ids = paddle.to_tensor(IDS)
+    with paddle.no_grad():
+        calls = [
+            model(ids, attention_mask=paddle.ones_like(ids), return_dict=True).logits.numpy()
+            for model in (theirs, ours, ours.model)
+        ]
+        keys = [tensor for pair in ours.prefix_past() for tensor in pair]
+        feeds = plain(base.family.signature(base.config))
+        past = [spec.name for spec in base.family.signature(base.config).past]
+        tensors = {n: paddle.to_tensor(a) for n, a in feeds.items()}
+        tensors |= {n: t.expand([2, -1, -1, -1]) for n, t in zip(past, keys, strict=True)}
+        tensors["attention_mask"] = paddle.ones([2, LENGTH + 3], dtype="int64")
+        signature = base.family.signature(base.config)
+        eager = base.family.run_eagerly(ours.model, tensors, signature)["logits"].numpy()
+        stand_in = base.family.stand_in(ours.model)
+        arguments = [tensors[n] for n in signature.input_names]
+        traced = stand_in(*arguments[:3], arguments[3:])[0].numpy()
+    np.testing.assert_array_equal(calls[0], calls[1])
+    np.testing.assert_array_equal(calls[0], eager)
+    np.testing.assert_allclose(traced, eager, atol=1e-5 * np.abs(eager).max())
+    assert np.abs(calls[0] - calls[2]).max() > 0.3
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ from peft_deploy.adapters.prefix.sizes import resolve_config
 from peft_deploy.adapters.prefix.state import load_state
 from peft_deploy.adapters.wrapper import ModelWrapper
 from peft_deploy.config import PrefixConfig, PrefixConfigError
-from peft_deploy.families import known_past_rules
+from peft_deploy.families import known_past_rules, why_no_past
 
 
 class PrefixModelForCausalLM(ModelWrapper):
@@ -325,6 +325,10 @@ def _refuse(model: Any, config: Any) -> None:
     if isinstance(model, paddle.distributed.fleet.meta_parallel.PipelineLayer):
         raise UnsupportedPrefixModelError(
             f"{type(model).__name__} is a pipeline model, which prefix-tuning does not support"
+        )
+    if reason := why_no_past(type(model).__name__):
+        raise UnsupportedPrefixModelError(
+            f"PaddleNLP's {type(model).__name__} cannot take a prefix: {reason}"
         )
     if isinstance(model, PrefixModelForCausalLM):
         raise PrefixConfigError("the model has a prefix already", hint="wrap its .model")
