@@ -107,7 +107,9 @@ def predictions(
         if len(logits) == 1:
             scores = logits
         elif several:
-            scores = 1 / (1 + np.exp(-logits))
+            scores = 0.5 * (
+                1 + np.tanh(logits / 2)
+            )  # the sigmoid, which overflows nowhere in this form
         else:
             scores = np.exp(logits - logits.max())
             scores /= scores.sum()
