@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -74,6 +75,21 @@ class LoadedBundle:
         runner = self.runner if isinstance(self.runner, OnnxRunner) else None
         return Session(self.folder, runner=runner)
 
+    def with_adapter(self, adapter: str | Path, *, scale: float = 1.0) -> LoadedBundle:
+        """The same bundle with an adapter active in everything that it does; both share the graph.
+
+        Args:
+            adapter: as for :meth:`start`.
+            scale: multiplies what the adapter adds.
+
+        Raises:
+            AdapterError: there is no such adapter, or it does not fit the graph.
+        """
+        adapted = copy.copy(self)
+        adapted.runner = self._runner_with(adapter, scale)
+        adapted.context_length = self._context_length(adapter, None)
+        return adapted
+
     @property
     def prefixes(self) -> tuple[str, ...]:
         """Names of the prefixes that the bundle has."""
@@ -144,7 +160,11 @@ class LoadedBundle:
         return embeddings(self.read(several, outputs=[SENTENCE_EMBEDDING], **options))
 
     def predict(
-        self, texts: TextInput | Sequence[TextInput], *, batch_size: int = 32, truncate: bool = False
+        self,
+        texts: TextInput | Sequence[TextInput],
+        *,
+        batch_size: int = 32,
+        truncate: bool = False,
     ) -> list[Prediction]:
         """What a classifier says of each text, or of each pair of texts.
 

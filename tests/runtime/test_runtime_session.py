@@ -336,6 +336,9 @@ def test_a_bundle_knows_its_own_adapters(kept: Path, files: dict[str, Path]) -> 
     weak = loaded.generate("one two", max_new_tokens=9, adapter="own", scale=0)
     assert weak.token_ids == base.token_ids
     assert loaded.session.adapters == ("own", str(files["wide"]))
+    tuned = loaded.with_adapter("own")
+    assert tuned.generate("one two", max_new_tokens=9).token_ids == own.token_ids
+    assert loaded.generate("one two", max_new_tokens=9).token_ids == base.token_ids
     with pytest.raises(AdapterError, match="there is no adapter 'poet'") as caught:
         loaded.generate("one", adapter="poet")
     assert caught.value.hint == "the bundle has own"
