@@ -171,7 +171,10 @@ def _operations(traced: TracedProgram) -> dict[str, list[dict[str, Any]]]:
     operations: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for op in traced.program.global_block().ops:
         shapes = [list(r.shape) if r.is_dense_tensor_type() else None for r in op.results()]
-        operations[op.name()].append({"module": module_of(op), "shapes": shapes})
+        # An output is what computes it: its value goes by the output's name, not by that operator's.
+        is_output = op.name() == "pd_op.fetch"
+        source = op.operand_source(0).get_defining_op() if is_output else op
+        operations[op.name()].append({"module": module_of(source), "shapes": shapes})
     return dict(operations)
 
 

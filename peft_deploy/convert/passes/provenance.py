@@ -11,6 +11,7 @@ import onnx_ir as ir
 from peft_deploy.families import NameMap
 
 MODULE = "peft_deploy.module"  # key in a node's metadata while the graph is worked on
+FETCH = "pd_op.fetch"  # Paddle's operator that makes a value an output
 
 # Paddle2ONNX calls the j-th result of the k-th use of an operator p2o.<dialect>.<operator>.<k>.<j>, and puts the
 # nodes that make up an operator before the one that carries its name.
@@ -35,9 +36,10 @@ class RecordModulesPass(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Annotates the graph."""
         waiting: list[ir.Node] = []
+        outputs = {id(value): i for i, value in enumerate(model.graph.outputs)}
         for node in model.graph:
             waiting.append(node)
-            use = self._use(node)
+            use = self._use(node, outputs)
             if use is None:
                 continue
             path = self._names.module_to_huggingface(use["module"]) if use["module"] else ""
@@ -46,17 +48,27 @@ class RecordModulesPass(ir.passes.InPlacePass):
             waiting = []
         return ir.passes.PassResult(model, modified=True)
 
-    def _use(self, node: ir.Node) -> dict[str, Any] | None:
-        """The operator of the program whose result the node makes."""
+    def _use(self, node: ir.Node, outputs: Mapping[int, int]) -> dict[str, Any] | None:
+        """The operator of the program whose result the node makes.
+
+        Args:
+            node: of the graph.
+            outputs: id of each output of the graph → its number.
+        """
         found = None
         for value in node.outputs:
-            match = _RESULT.fullmatch(value.name or "")
-            uses = self._operations.get(match["op"], []) if match else []
-            if match is None or int(match["use"]) >= len(uses):
+            if id(value) in outputs:
+                op, use, result = FETCH, outputs[id(value)], 0
+            elif match := _RESULT.fullmatch(value.name or ""):
+                op, use, result = match["op"], int(match["use"]), int(match["result"])
+            else:
                 continue
-            found = uses[int(match["use"])]
+            uses = self._operations.get(op, [])
+            if use >= len(uses):
+                continue
+            found = uses[use]
             shapes = found["shapes"]
-            shape = shapes[int(match["result"])] if int(match["result"]) < len(shapes) else None
+            shape = shapes[result] if result < len(shapes) else None
             if shape is not None:
                 _set_shape(value, shape)
                 if node.op_type == "Identity" and node.inputs[0] is not None:
