@@ -79,17 +79,39 @@ def arrangement(model: Any) -> Any:
     return get_prefix_tuning_params(model)["postprocess_past_key_value"]
 
 
-def tokens_by_paddlenlp(model: Any, folder: Path, prompt: list[int], steps: int) -> list[int]:
-    """Greedy tokens of ``paddlenlp.peft``'s own prefix model around a model in the dynamic graph."""
-    import paddle
+def _by_paddlenlp(model: Any, folder: Path) -> Any:
     from paddlenlp.peft import PrefixModelForCausalLM
+
+    prefixed = PrefixModelForCausalLM.from_pretrained(
+        model, str(folder), postprocess_past_key_value=arrangement(model)
+    )
+    prefixed.eval()
+    return prefixed
+
+
+def tokens_by_forward(model: Any, folder: Path, prompt: list[int], steps: int) -> list[int]:
+    """Greedy tokens of ``paddlenlp.peft``'s own prefix model, without a cache but the prefix."""
+    import paddle
+
+    ids = list(prompt)
+    with paddle.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        prefixed = _by_paddlenlp(model, folder)
+        for _ in range(steps):
+            mask = paddle.ones([1, len(ids)], dtype="int64")
+            out = prefixed(input_ids=paddle.to_tensor([ids]), attention_mask=mask)
+            logits = out[0] if isinstance(out, tuple | list) else out
+            ids.append(int(logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+def tokens_by_paddlenlp(model: Any, folder: Path, prompt: list[int], steps: int) -> list[int]:
+    """Greedy tokens of the same by PaddleNLP's ``generate``."""
+    import paddle
 
     with paddle.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        prefixed = PrefixModelForCausalLM.from_pretrained(
-            model, str(folder), postprocess_past_key_value=arrangement(model)
-        )
-        prefixed.eval()
+        prefixed = _by_paddlenlp(model, folder)
         tokens, _ = prefixed.generate(
             input_ids=paddle.to_tensor([prompt]),
             attention_mask=paddle.ones([1, len(prompt)], dtype="int64"),
