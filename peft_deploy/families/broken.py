@@ -1,8 +1,8 @@
 """Models whose classes in PaddleNLP fail on the Paddle that this package works with.
 
-Nothing can be checked against a model that does not run, so none of them is exported. What is said here was found
-by running small models under paddlenlp 3.0.0b4 and paddlepaddle 3.3; a test runs them again, and turns red when a
-newer release has mended one.
+Nothing can be checked against a model that does not run, so no stand-in was written for any of them. What is said
+here was found by running small models under paddlenlp 3.0.0b4 and paddlepaddle 3.3; a test runs them again, and
+turns red when a newer release has mended one.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ BROKEN: Mapping[str, BrokenModel] = {
     "DeepseekV3ForCausalLM": BrokenModel("deepseek_v3", _GATE),
     "GPTJForCausalLM": BrokenModel(
         "gptj",
-        "without an attention mask it compares the tokens with a padding token that it does not have, and casts "
-        "Python's False to a tensor",
+        "it runs only with an attention mask, and without one compares the tokens with a padding token that it does "
+        "not have; it has no stand-in here either",
     ),
     "YuanForCausalLM": BrokenModel(
         "yuan",

@@ -46,7 +46,7 @@ def find_family(config: Mapping[str, Any]) -> Family:
     if broken := find_broken(named, config.get("model_type")):
         name, fault = broken
         raise UnsupportedModelError(
-            f"{name} cannot be exported: PaddleNLP's own class does not run on Paddle 3.3; {fault.reason}"
+            f"{name} cannot be exported: PaddleNLP's own class fails on Paddle 3.3: {fault.reason}"
         )
     asked = ", ".join(named) or f"model_type {config.get('model_type')!r}"
     close = nearest(named[0] if named else "", _BY_ARCHITECTURE)
