@@ -6,12 +6,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from peft_deploy.base import open_base
+from peft_deploy.base import BaseModel, open_base
 from peft_deploy.base.folder import CONFIG, companions_in
 from peft_deploy.config.json_file import read_object
 from peft_deploy.errors import CheckpointError, UnsupportedModelError
 from peft_deploy.families import ModelDims, NameMap, find_family, known_architectures
 from peft_deploy.inspection.tensors import FileSize, TensorTotals, file_sizes
+from peft_deploy.signature import LOGITS
 from peft_deploy.weights import CanonicalTensors, Checkpoint, open_checkpoint
 
 
@@ -90,6 +91,7 @@ def _with_config(folder: Path) -> CheckpointInspection:
         checkpoint = open_checkpoint(folder)
         return CheckpointInspection(**_files(folder, checkpoint), **known, unsupported=exc.message)
     tensors = base.tensors
+    known["tied"] = _tied(base)
     return CheckpointInspection(
         **_files(folder, open_checkpoint(folder)),
         **known,
@@ -98,6 +100,15 @@ def _with_config(folder: Path) -> CheckpointInspection:
         dims=base.dims,
         fingerprint=base.fingerprint,
     )
+
+
+def _tied(base: BaseModel) -> bool | None:
+    """Whether the output layer shares the embedding; None for a model that gives no scores of the vocabulary."""
+    outputs = base.family.signature(base.config).outputs
+    scores = [spec for spec in outputs if spec.name == LOGITS]
+    if not any(spec.dims[-1] == base.dims.vocab_size for spec in scores):
+        return None
+    return bool(base.family.tied(base.config))
 
 
 def _fitting(checkpoint: Checkpoint) -> CanonicalTensors | None:
@@ -109,7 +120,8 @@ def _fitting(checkpoint: Checkpoint) -> CanonicalTensors | None:
             for n in checkpoint.names()
         )
 
-    maps = [find_family({"architectures": [a]}).names({}) for a in known_architectures()]
+    configs: list[dict[str, Any]] = [{"architectures": [name]} for name in known_architectures()]
+    maps = [find_family(config).names(config) for config in configs]
     best = max(maps, key=known)
     return CanonicalTensors(checkpoint, best, {}) if known(best) else None
 
