@@ -140,7 +140,9 @@ def _write_configs(
     folder.write_text("config.json", _json(config))
     family = source.family
     if family.genai_type is not None and format == ONNX:
-        tokens = special_token_ids(source.config, generation)
+        # Not every family calls the size of its vocabulary so.
+        sizes = {"vocab_size": family.dims(source.config).vocab_size}
+        tokens = special_token_ids({**source.config, **sizes}, generation)
         inputs = family.signature(source.config).input_names
         genai = genai_config(family.genai_type, family.dims(source.config), tokens, inputs)
         folder.write_text("genai_config.json", _json(genai))

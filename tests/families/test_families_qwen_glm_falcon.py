@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -390,6 +391,25 @@ def test_the_table_ends_where_the_model_does(
     assert np.isfinite(last["logits"]).all()
     with pytest.raises(ExecutionError, match=rf"\b{limit}\b"):
         runner.run({**feeds, "position_ids": feeds["position_ids"] + first + 1})
+
+
+@pytest.mark.convert
+def test_a_chatglm_as_the_hub_has_it(bundle: Callable[[str], OnnxRunner], tmp_path: Path) -> None:
+    """Its own names of the sizes, torch's layout: the same bundle."""
+    base = tiny.make(tmp_path / "base", "chatglm_v2", layout="huggingface")
+    config = json.loads((base / "config.json").read_text("utf-8"))
+    for key in ("vocab_size", "num_hidden_layers"):  # PaddleNLP's names
+        del config[key]
+    config |= {"architectures": ["ChatGLMModel"], "eos_token_id": 2, "pad_token_id": 0}
+    (base / "config.json").write_text(json.dumps(config), "utf-8")
+    peft_deploy.export(base, tmp_path / "out", options=NO_CHECK)
+    theirs, own = OnnxRunner(tmp_path / "out"), bundle("chatglm_v2")
+    feeds = plain(own.signature)
+    for name, array in own.run(feeds).items():
+        np.testing.assert_array_equal(theirs.run(feeds)[name], array)
+    model = json.loads((tmp_path / "out" / "genai_config.json").read_text("utf-8"))["model"]
+    assert (model["type"], model["vocab_size"]) == ("decoder", 131)
+    assert (model["eos_token_id"], model["pad_token_id"]) == ([2], 0)
 
 
 def test_falcons_alibi_is_remarked_on(tmp_path: Path) -> None:
