@@ -74,6 +74,7 @@ class OnnxRunner:
         self._past = [spec.name for spec in self._signature.past]
         self._present = present_names(self._signature.num_layers)
         self._slot_values: Mapping[str, ort.OrtValue] = {}
+        self._bindings: list[ort.IOBinding] = []  # at rest, the slots bound
 
     @property
     def slots(self) -> dict[str, Slot]:
@@ -90,6 +91,7 @@ class OnnxRunner:
         """
         filled = copy.copy(self)
         filled._slot_values = dict(values)
+        filled._bindings = []
         return filled
 
     @property
@@ -152,21 +154,36 @@ class OnnxRunner:
 
         options = ort.RunOptions()
         options.log_severity_level = _WARNINGS if debugging() else _QUIET
-        binding = self._session.io_binding()
         try:
-            # Not by RunOptions.add_active_adapter, which a run with bound inputs ignores.
-            for name, value in self._slot_values.items():
-                binding.bind_ortvalue_input(name, value)
+            binding = self._binding()
             for name, value in values.items():
                 binding.bind_ortvalue_input(name, value)
             for name, device in places.items():
                 binding.bind_output(name, device)
             self._session.run_with_iobinding(binding, options)
-            return dict(zip(places, binding.get_outputs(), strict=True))
+            results = dict(zip(places, binding.get_outputs(), strict=True))
         except Exception as exc:  # onnxruntime's errors have no common base of their own
             raise ExecutionError(
                 f"onnxruntime could not run {self.path.name}: {_reason(exc)}"
             ) from exc
+        if self._slot_values:
+            binding.clear_binding_outputs()
+            self._bindings.append(binding)
+        return results
+
+    def _binding(self) -> ort.IOBinding:
+        """A binding with the slots bound, which is as much work as a step of a small model: used again if possible.
+
+        Every call binds all other inputs and outputs anew.
+        """
+        try:
+            return self._bindings.pop()
+        except IndexError:  # none, or all of them are in other threads' hands
+            binding = self._session.io_binding()
+        # Not by RunOptions.add_active_adapter, which a run with bound inputs ignores.
+        for name, value in self._slot_values.items():
+            binding.bind_ortvalue_input(name, value)
+        return binding
 
 
 def _open(path: Path, provider: str, threads: int | None) -> ort.InferenceSession:

@@ -189,6 +189,23 @@ def test_a_request_under_way_keeps_an_adapter_that_is_unloaded(
     assert_is(logits(session, adapter="a"), merged(weights, [adapters["attention"]]))
 
 
+def test_a_request_that_fails_leaves_the_next_one_right(
+    session: Session, files: dict[str, Path], adapters: dict, weights: Arrays
+) -> None:
+    session.load_adapter(files["wide"])
+    active = session.runner("wide")
+    cache = {
+        spec.name: np.zeros((1, tiny_graph.K, 0, tiny_graph.D), np.float32)
+        for spec in active.signature.past
+    }
+    for _ in range(2):
+        wrong = {**feeds([tiny_graph.VOCAB + 5]), **cache}
+        with pytest.raises(ExecutionError, match=r"could not run model\.onnx"):
+            active.run(wrong)
+        right = active.run({**feeds(), **cache}, ["logits"])["logits"][0]
+        assert_is(right, merged(weights, [adapters["wide"]]))
+
+
 def halved(tensors: Arrays) -> Arrays:
     return {name: array.astype(np.float16) for name, array in tensors.items()}
 

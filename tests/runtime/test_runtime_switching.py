@@ -14,7 +14,7 @@ import tiny_graph
 import tiny_slots
 
 from peft_deploy.adapters.formats.onnx_file import write_onnx_adapter
-from peft_deploy.runtime import GenerationOptions, Session
+from peft_deploy.runtime import GenerationOptions, Session, generate
 
 ADAPTERS, THREADS, SWITCHES = 8, 4, 1000
 RANKS = (1, 2, 3, 5, 8, 13, 21, 34)
@@ -72,6 +72,21 @@ def test_four_threads_get_what_one_gets_and_memory_stays(session: Session) -> No
         for _ in range(2):
             assert list(pool.map(lambda r: answer(session, r), wanted)) == alone
         assert resident() - before < 4e6
+
+
+def test_one_runner_in_four_threads(session: Session) -> None:
+    """What a thread leaves bound is another thread's next request."""
+    runner = session.runner("4", scale=0.5)
+    wanted = [request[1] for request in requests()][:200]
+
+    def run(ids: list[int]) -> bytes:
+        options = GenerationOptions(max_new_tokens=2)
+        return repr(generate(runner, [ids], options)[0].token_ids).encode()
+
+    alone = [run(ids) for ids in wanted]
+    assert len(set(alone)) > 20
+    with ThreadPoolExecutor(THREADS) as pool:
+        assert list(pool.map(run, wanted)) == alone
 
 
 def test_loading_and_unloading_beside_requests(
