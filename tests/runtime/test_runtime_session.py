@@ -199,7 +199,8 @@ def test_a_request_that_fails_leaves_the_next_one_right(
         for spec in active.signature.past
     }
     for _ in range(2):
-        wrong = {**feeds([tiny_graph.VOCAB + 5]), **cache}
+        far = np.full((1, len(IDS)), tiny_graph.MAX_POSITIONS, np.int64)
+        wrong = {**feeds(), **cache, "position_ids": far}
         with pytest.raises(ExecutionError, match=r"could not run model\.onnx"):
             active.run(wrong)
         right = active.run({**feeds(), **cache}, ["logits"])["logits"][0]
