@@ -20,6 +20,7 @@ from peft_deploy.runtime import (
     GenerationRun,
     OnnxRunner,
     Session,
+    initial_cache,
     load_bundle,
 )
 from peft_deploy.runtime.loaded_adapter import KEPT_SCALES
@@ -194,17 +195,13 @@ def test_a_request_that_fails_leaves_the_next_one_right(
 ) -> None:
     session.load_adapter(files["wide"])
     active = session.runner("wide")
-    cache = {
-        spec.name: np.zeros((1, tiny_graph.K, 0, tiny_graph.D), np.float32)
-        for spec in active.signature.past
-    }
+    wrong = {**feeds(), "attention_mask": np.ones((1, 3), np.int64)}
     for _ in range(2):
-        far = np.full((1, len(IDS)), tiny_graph.MAX_POSITIONS, np.int64)
-        wrong = {**feeds(), **cache, "position_ids": far}
         with pytest.raises(ExecutionError, match=r"could not run model\.onnx"):
-            active.run(wrong)
-        right = active.run({**feeds(), **cache}, ["logits"])["logits"][0]
-        assert_is(right, merged(weights, [adapters["wide"]]))
+            active.step(wrong, active.load_cache(initial_cache(active.signature, 1)))
+        cache = active.load_cache(initial_cache(active.signature, 1))
+        right, _ = active.step(feeds(), cache)
+        assert_is(right[0], merged(weights, [adapters["wide"]]))
 
 
 def halved(tensors: Arrays) -> Arrays:
