@@ -45,7 +45,7 @@ def merge_shards_command(folder: Path, output: Path, config: Path | None, as_jso
     "--to",
     required=True,
     type=click.Choice(["paddle", "hf", "onnx"]),
-    help="PaddleNLP's folder, Hugging Face PEFT's, or an .onnx_adapter file.",
+    help="PaddleNLP's folder, Hugging Face PEFT's, or an .onnx_adapter file; a prefix's .safetensors, too.",
 )
 @click.option("--base", help="The base model's folder; or give --for.")
 @click.option(

@@ -37,6 +37,7 @@ from peft_deploy.config.json_file import make_folder
 from peft_deploy.errors import AdapterError, CheckpointError, OutputError
 from peft_deploy.weights import Array, LoraPair, cast_array
 from peft_deploy.workflows.adapter_target import AdapterTarget, find_target
+from peft_deploy.workflows.convert_prefix import PREFIX_OUTPUTS, write_evaluated_prefix
 
 ONNX_DTYPE = "float32"  # of the graphs that export writes
 _MARKS = {
@@ -117,7 +118,7 @@ def convert_adapter(
 
     Args:
         source: the adapter; its format is read from its files.
-        output: the new folder, or the file, which ends in ``.onnx_adapter``.
+        output: the new folder, or the file, which ends in ``.onnx_adapter``, or for a prefix in ``.safetensors``.
         to: ``paddle``, ``hf`` or ``onnx``.
         base: the base model's folder.
         bundle: a bundle of the base model; for ``onnx``, the adapter is fitted to the slots of its graph.
@@ -138,14 +139,12 @@ def convert_adapter(
     format, method = detect(source)
     if format is wanted:
         raise AdapterError(f"{source} is in the format {to} already")
-    if method is Method.PREFIX and wanted is AdapterFormat.ONNX:
-        raise AdapterError(
-            f"{source} is a prefix, which needs no .onnx_adapter file: a bundle takes it as past_key_values"
-        )
     _check_output(source, output, wanted, method, force=force)
     target = find_target(base, bundle)
     result = ConvertedAdapter(output, source, format.value, to, method.value, "")
     if method is Method.PREFIX:
+        if wanted is AdapterFormat.ONNX:
+            return _prefix_to_onnx(result, target, dtype)
         return _convert_prefix(result, wanted, target, dtype, force=force)
     dims, names = target.dims, target.names
     adapter = read_lora(
@@ -267,6 +266,23 @@ def _convert_prefix(
     return replace(result, dtype=prefix.dtype, num_tokens=prefix.num_tokens)
 
 
+def _prefix_to_onnx(
+    result: ConvertedAdapter, target: AdapterTarget, dtype: str | None
+) -> ConvertedAdapter:
+    if dtype not in (None, ONNX_DTYPE):
+        raise AdapterError(f"the graph takes prefixes of {ONNX_DTYPE}, not {dtype}")
+    source = AdapterFormat(result.source_format)
+    adapter = _read_prefix(result.source, source, target)
+    target.check_prefix(adapter)
+    prefix = write_evaluated_prefix(result.output, adapter, source, target)
+    return replace(
+        result,
+        dtype=ONNX_DTYPE,
+        num_tokens=prefix.num_tokens,
+        model_version=model_version(target.fingerprint()),
+    )
+
+
 def _read_prefix(path: Path, format: AdapterFormat, target: AdapterTarget) -> PrefixAdapter:
     return read_peft_prefix(path, target.dims) if format is AdapterFormat.HF else read_prefix(path)
 
@@ -352,9 +368,11 @@ def _check_output(
     if format is not AdapterFormat.ONNX:
         check_output(output, _kind(format, method), force=force)
         return
-    if output.suffix != SUFFIX:
+    endings = PREFIX_OUTPUTS if method is Method.PREFIX else (SUFFIX,)
+    if output.suffix not in endings:
         raise OutputError(
-            f"{output} has to end in {SUFFIX}", hint=f"{output.name}{SUFFIX}, for instance"
+            f"{output} has to end in {' or '.join(endings)}",
+            hint=f"{output.name}{endings[0]}, for instance",
         )
     if output.is_dir() or (output.exists() and not force):
         raise OutputError(f"{output} exists already", hint="name another file, or give --force")

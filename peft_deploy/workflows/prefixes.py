@@ -19,7 +19,7 @@ from peft_deploy.bundle.adapter_files import adapter_path
 from peft_deploy.bundle.folder import BundleFolder
 from peft_deploy.bundle.prefixes import Prefix, check_prefix, prefix_path, write_prefix_file
 from peft_deploy.errors import AdapterError, ConfigError, listed
-from peft_deploy.families import DecoderFamily, past_rule_of, why_no_past
+from peft_deploy.families import DecoderFamily, Family, past_rule_of, why_no_past
 from peft_deploy.signature import POSITION_IDS, GraphSignature
 from peft_deploy.weights import cast_array
 from peft_deploy.workflows.sources import EXPORT_DTYPE, ExportSource, name_and_path
@@ -119,44 +119,69 @@ def read_named_prefix(
         AdapterError: it cannot be read, does not fit the base model, leaves no room for a text, or nobody knows how
             the base model takes a prefix.
     """
-    family, dims = base.family, base.dims
+    hf = format is AdapterFormat.HF
+    adapter = read_peft_prefix(path, base.dims) if hf else read_prefix(path)
+    prefix = evaluate_prefix(name, adapter, format, base.family, base.config)
+    _compare_base(base, adapter)
+    return NamedPrefix(name, adapter, format, prefix)
+
+
+def evaluate_prefix(
+    name: str,
+    adapter: PrefixAdapter,
+    format: AdapterFormat,
+    family: Family,
+    config: Mapping[str, Any],
+) -> Prefix:
+    """The keys and values of a prefix adapter, as bundles hold them.
+
+    Args:
+        name: what the prefix is to go by.
+        adapter: as it was trained.
+        format: that it was read from.
+        family: of the base model.
+        config: the base model's config.json.
+
+    Raises:
+        AdapterError: it does not fit the base model, leaves no room for a text, or nobody knows how the base model
+            takes a prefix.
+    """
+    path, model_class = adapter.path, family.paddle_model(config)
     if not isinstance(family, DecoderFamily):
         raise AdapterError(
-            f"{path} is a prefix, and {base.name} is no decoder: it has no cache that could begin with one"
+            f"{path} is a prefix, and a {model_class} is no decoder: it has no cache that could begin with one"
         )
-    model_class = family.paddle_model(base.config)
     if reason := why_no_past(model_class):
         raise AdapterError(
             f"{path} is a prefix, and PaddleNLP's {model_class} cannot take one: {reason}"
         )
-    hf = format is AdapterFormat.HF
-    adapter = read_peft_prefix(path, dims) if hf else read_prefix(path)
-    signature = family.signature(base.config, EXPORT_DTYPE)
+    signature = family.signature(config, EXPORT_DTYPE)
     past = {
         name: cast_array(array, EXPORT_DTYPE, name=name)
         for name, array in adapter.named_past().items()
     }
-    check_prefix(past, signature, str(path), dims.max_positions)
-    _compare_base(base, adapter)
-    offset = adapter.num_tokens if _moves_positions(base, signature, path, hf=hf) else 0
-    return NamedPrefix(name, adapter, format, Prefix(name, past, offset))
+    check_prefix(past, signature, str(path), family.dims(config).max_positions)
+    moves = POSITION_IDS in signature.input_names and _moves_positions(
+        family, config, path, format
+    )
+    return Prefix(name, past, adapter.num_tokens if moves else 0)
 
 
-def _moves_positions(base: BaseModel, signature: GraphSignature, path: Path, *, hf: bool) -> bool:
+def _moves_positions(
+    family: Family, config: Mapping[str, Any], path: Path, format: AdapterFormat
+) -> bool:
     """Whether the positions of a text begin behind the prefix in the library that trained it.
 
     PEFT leaves positions to the model, and those of transformers count them from the length of their cache;
     PaddleNLP's models each have their own rule.
     """
-    if POSITION_IDS not in signature.input_names:
-        return False
-    if hf:
+    if format is AdapterFormat.HF:
         return True
-    rule = past_rule_of(base.family, base.config)
+    rule = past_rule_of(family, config)
     if rule is None:
         raise AdapterError(
-            f"{path}: whether a prefix moves the positions of PaddleNLP's "
-            f"{base.family.paddle_model(base.config)} is not known, so it cannot be exported"
+            f"{path}: whether a prefix moves the positions of PaddleNLP's {family.paddle_model(config)} is not "
+            "known, so it cannot be exported"
         )
     return rule.positions_after_past
 

@@ -34,6 +34,7 @@ from peft_deploy.errors import AdapterError, ConfigError
 from peft_deploy.progress import Silent
 from peft_deploy.runtime import GenerationOptions, OnnxRunner, Session, load_bundle
 from peft_deploy.workflows.check_prefixes import check_prefixes
+from peft_deploy.workflows.convert_adapter import convert_adapter
 from peft_deploy.workflows.export import ExportResult
 from peft_deploy.workflows.sources import from_folders
 from peft_deploy.workflows.validate import validate
@@ -344,13 +345,28 @@ def test_what_cannot_be_a_prefix_of_the_bundle(
     assert not (tmp_path / "out").exists()
 
 
+def test_another_prefix_comes_into_the_same_bundle(
+    bundle: Path, merged_bundle: Path, tiny_llama: Path, prefixes: dict[str, Path], tmp_path: Path
+) -> None:
+    """No export: the folder becomes a file that fills the slots, or stands in place of the cache."""
+    other = prefix_by_us(tiny_llama, tmp_path / "other", spread=0.8)
+    session = Session(bundle)
+    for suffix in (".onnx_adapter", ".safetensors"):
+        convert_adapter(other, tmp_path / f"new{suffix}", to="onnx", bundle=bundle)
+    session.load_adapter(tmp_path / "new.onnx_adapter")
+    got = generated(session, adapter="new")
+    assert got == generated(session, prefix=tmp_path / "new.safetensors")
+    assert got == generated(Session(merged_bundle), prefix=tmp_path / "new.safetensors")
+    assert got not in (generated(session), generated(session, prefix="ours"))
+    with pytest.raises(AdapterError, match="has no slots"):
+        convert_adapter(other, tmp_path / "b.onnx_adapter", to="onnx", bundle=merged_bundle)
+
+
 def test_slots_without_an_adapter_take_lora_of_others_only_by_name(
     bundle: Path, tiny_llama: Path, tmp_path: Path
 ) -> None:
     """A graph with prefix slots alone has no slots for LoRA, and says which are missing."""
     lora = adapter_for(tiny_llama, tmp_path / "lora", rank=2)
-    from peft_deploy.workflows.convert_adapter import convert_adapter
-
     file = convert_adapter(lora, tmp_path / "lora.onnx_adapter", to="onnx", base=tiny_llama).output
     with pytest.raises(AdapterError, match="has no slots for these tensors"):
         Session(bundle).load_adapter(file)

@@ -24,6 +24,7 @@ from peft_deploy.adapters.formats.prefix import (
 )
 from peft_deploy.base import BaseModel, open_base
 from peft_deploy.bundle import MODEL, Manifest
+from peft_deploy.bundle.prefixes import read_prefix_file
 from peft_deploy.cli import cli
 from peft_deploy.config import LoRAConfig, PrefixConfig
 from peft_deploy.errors import AdapterError, CheckpointError, ConfigError, OutputError
@@ -303,8 +304,43 @@ def test_prefixes(tmp_path: Path, base: BaseModel, prefix: Path) -> None:
     first, again = read_prefix(prefix), read_prefix(tmp_path / "back")
     np.testing.assert_array_equal(first.state[EMBEDDING], again.state[EMBEDDING])
     assert again.fingerprint == first.fingerprint
-    with pytest.raises(AdapterError, match="past_key_values"):
-        convert_adapter(prefix, tmp_path / "a.onnx_adapter", to="onnx", base=base.path)
+
+
+def test_a_prefix_as_what_bundles_take(tmp_path: Path, base: BaseModel, prefix: Path) -> None:
+    rows = read_prefix(prefix).named_past()
+    file, cache = tmp_path / "poet.onnx_adapter", tmp_path / "poet.safetensors"
+    result = convert_adapter(prefix, file, to="onnx", base=base.path)
+    assert (result.num_tokens, result.dtype) == (5, "float32")
+    written = read_onnx_file(file)
+    assert written.model_version == model_version(base.fingerprint)
+    assert written.tensors["prefix.position_offset"].tolist() == [0]
+    for name, array in rows.items():
+        slot = name.replace("past_key_values", "prefix")
+        np.testing.assert_array_equal(written.tensors[slot], array)
+    convert_adapter(prefix, cache, to="onnx", base=base.path)
+    signature = base.family.signature(base.config)
+    read = read_prefix_file(cache, signature, base.fingerprint)
+    assert (read.name, read.position_offset) == ("poet", 0)
+    for name, array in rows.items():
+        np.testing.assert_array_equal(read.past[name], array)
+    with pytest.warns(UserWarning, match="PEFT counts"):
+        convert_adapter(prefix, tmp_path / "hf", to="hf", base=base.path)
+    convert_adapter(tmp_path / "hf", file, to="onnx", base=base.path, force=True)
+    assert read_onnx_file(file).tensors["prefix.position_offset"].tolist() == [5]
+
+
+def test_prefix_files_that_are_refused(tmp_path: Path, base: BaseModel, prefix: Path) -> None:
+    with pytest.raises(OutputError, match=r"has to end in \.safetensors or \.onnx_adapter"):
+        convert_adapter(prefix, tmp_path / "poet.bin", to="onnx", base=base.path)
+    with pytest.raises(AdapterError, match="takes prefixes of float32, not float16"):
+        convert_adapter(
+            prefix, tmp_path / "p.safetensors", to="onnx", base=base.path, dtype="float16"
+        )
+    (tmp_path / "there.safetensors").write_text("mine")
+    with pytest.raises(OutputError, match="exists already"):
+        convert_adapter(prefix, tmp_path / "there.safetensors", to="onnx", base=base.path)
+    assert (tmp_path / "there.safetensors").read_text() == "mine"
+    assert {p.name for p in tmp_path.iterdir() if p.suffix} == {"there.safetensors"}
 
 
 def test_the_command(tmp_path: Path, base: BaseModel, lora: Callable[..., Path]) -> None:
