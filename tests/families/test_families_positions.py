@@ -13,6 +13,7 @@ import pytest
 from model_recipes import load_recipe
 
 import peft_deploy
+from peft_deploy.adapters.prefix import PrefixConfig, PrefixModelForCausalLM
 from peft_deploy.base import open_base
 from peft_deploy.base.dygraph import load_model
 from peft_deploy.config.export import ExportOptions
@@ -174,3 +175,19 @@ def test_the_files_for_other_runtimes(name: str, bundle: Callable[[str], Path]) 
     assert plain == {n for n in inputs if not n.startswith("past_key_values")}
     config = json.loads((folder / "config.json").read_text())
     assert config["model_type"] == {"gpt": "gpt2"}.get(name, name)
+
+
+@pytest.mark.convert
+def test_behind_a_prefix_opt_counts_on(tmp_path: Path) -> None:
+    """Its positions come from the mask, in which a prefix has columns."""
+    base = tiny.make(tmp_path / "base", "opt")
+    model = PrefixModelForCausalLM(load_model(open_base(base)), PrefixConfig(num_prefix_tokens=3))
+    values = np.random.default_rng(2).standard_normal(model.prefix_encoder[0].weight.shape)
+    model.prefix_encoder[0].weight.set_value(paddle.to_tensor(values.astype(np.float32)))
+    model.eval().save_pretrained(tmp_path / "prefix")
+    result = peft_deploy.export(base, tmp_path / "out", adapter=tmp_path / "prefix")
+    assert result.parity is not None and result.manifest is not None
+    (part,) = result.parity.parts.values()
+    assert result.parity.passed and part.passed and not part.warnings
+    (entry,) = result.manifest.adapters
+    assert (entry["tokens"], entry["position_offset"]) == (3, 3)
