@@ -8,7 +8,7 @@ require_paddle("tracing a layer")
 
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import paddle
@@ -16,6 +16,7 @@ from paddle import Tensor, nn
 
 from peft_deploy.config.layer_signature import LayerSignature
 from peft_deploy.errors import ConfigError, TraceError, listed
+from peft_deploy.families.standins import ScopeTrace
 from peft_deploy.signature import GraphSignature, TensorSpec
 from peft_deploy.trace.program import TracedProgram, static_program, used_variables
 
@@ -40,12 +41,10 @@ def trace_layer(layer: nn.Layer, signature: LayerSignature) -> TracedProgram:
     """
     _check_types(layer)
     named = takes_names(layer, signature)
-    with evaluating(layer):
-        program, fetches = static_program(
-            _Flat(layer, signature, named),
-            [list(signature.inputs)],
-            who=type(layer).__name__,
-        )
+    with evaluating(layer), _module_paths(layer) as scopes:
+        flat, arguments = _Flat(layer, signature, named), [list(signature.inputs)]
+        program, fetches = static_program(flat, arguments, scopes, type(layer).__name__)
+    _drop_scopes_of_paddle(program)
     names = {p.name: name for name, p in layer.named_parameters()}
     names |= {b.name: name for name, b in layer.named_buffers() if b is not None}
     used = used_variables(program)
@@ -199,6 +198,48 @@ def _check_types(layer: nn.Layer) -> None:
             f"{type(layer).__name__} has weights that are not float32:\n{listed(wrong)}",
             hint='call layer.to(dtype="float32") first',
         )
+
+
+class _Scopes(ScopeTrace):
+    """Scopes that are entered by their whole path."""
+
+    def enter(self, path: str) -> list[str]:
+        """Operators belong to the module from now on; returns what :meth:`leave` wants."""
+        before, self._path = self._path, path.split(".")
+        self._mark()
+        return before
+
+    def leave(self, before: list[str]) -> None:
+        """Operators belong to the module before again."""
+        self._path = before
+        self._mark()
+
+
+@contextmanager
+def _module_paths(layer: nn.Layer) -> Iterator[_Scopes]:
+    """Notes, while the layer is traced, which of its parts every operator belongs to.
+
+    Paddle's own note has the classes' names, numbered by how often the process has traced one.
+    """
+    scopes, before = _Scopes(), []
+    with ExitStack() as stack:
+        for path, part in layer.named_sublayers():
+
+            def enter(_part: nn.Layer, _inputs: Any, path: str = path) -> None:
+                before.append(scopes.enter(path))
+
+            def leave(_part: nn.Layer, _inputs: Any, _outputs: Any) -> None:
+                scopes.leave(before.pop())
+
+            stack.callback(part.register_forward_pre_hook(enter).remove)
+            stack.callback(part.register_forward_post_hook(leave).remove)
+        yield scopes
+
+
+def _drop_scopes_of_paddle(program: Any) -> None:
+    for op in program.global_block().ops:
+        if op.has_attr("struct_name") and op.str_attr("struct_name").startswith("/"):
+            op.set_str_attr("struct_name", "")
 
 
 @contextmanager

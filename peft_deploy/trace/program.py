@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import paddle
 from paddle import nn
+from paddle.autograd.backward_utils import ValueSet, get_real_op_inputs, get_real_op_outputs
 from paddle.base import core
 from paddle.pir import Value
 from paddle.static import InputSpec
@@ -163,8 +164,23 @@ def static_program(
         scopes.apply(concrete.main_program)
     feeds, fetches = _values(concrete.inputs), _values(concrete.outputs)
     _check_count("inputs", len(feeds), len(paddle.utils.flatten(arguments)))
+    if idle := _idle(concrete.main_program, feeds, fetches):
+        raise TraceError(
+            f"the inputs {', '.join(idle)} have no part in any output of {who or type(layer).__name__}",
+            hint="leave them out of the signature",
+        )
     with paddle.pir_utils.IrGuard():
         return normalize_pir_program(concrete.main_program, feeds, fetches), fetches
+
+
+def _idle(program: Any, feeds: list[Value], fetches: list[Value]) -> list[str]:
+    """Names of the inputs that no output depends on."""
+    needed = ValueSet(fetches)
+    for op in reversed(program.global_block().ops):
+        if any(result in needed for result in get_real_op_outputs(op)):
+            for operand in get_real_op_inputs(op):
+                needed.add(operand)
+    return [feed.name for feed in feeds if feed not in needed]
 
 
 def used_variables(program: Any) -> set[str]:

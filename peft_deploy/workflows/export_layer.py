@@ -22,6 +22,7 @@ from peft_deploy.convert import (
     write_program,
 )
 from peft_deploy.convert.worker import leave_traced
+from peft_deploy.errors import ConversionError
 from peft_deploy.parity.gate import CheckOptions
 from peft_deploy.parity.layer_cases import LayerCase, draw_cases, name_dimensions
 from peft_deploy.parity.layer_check import check_layer
@@ -63,6 +64,11 @@ def export_layer(
     clock.phase("Trying the layer")
     cases = draw_cases(source.signature)
     traced, signature = _trace(source, cases, clock)
+    if not traced.parameters and options.format != ONNX:
+        raise ConversionError(
+            f"{type(source.inner).__name__} computes without any weights, and Paddle loads no program without them",
+            hint="use --format onnx",
+        )
     tensors = LayerTensors(source, sorted(traced.parameters.values()), merged=True)
     folder.require_space(sum(tensors.info(name).nbytes for name in tensors.names()))
     with _job(traced, source, options) as job, weight_file(folder, options.format) as file:
