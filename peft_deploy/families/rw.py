@@ -72,7 +72,7 @@ class Falcon(DecoderFamily):
         return NameMap(
             _name_rules(biased=_flag(config, "bias"), norms=_norms(config)),
             ignored=[r"transformer\.h\.\d+\.self_attention\.maybe_rotary\.inv_freq"],
-            rows={fused: config["hidden_size"]},
+            rows={fused: config["hidden_size"]} if "hidden_size" in config else {},
         )
 
     def tied(self, config: Mapping[str, Any]) -> Mapping[str, str]:
