@@ -1,4 +1,4 @@
-"""``peft-deploy generate``: a bundle's answers to prompts, under ONNX Runtime alone."""
+"""``peft-deploy generate``: a bundle's answers to prompts, under ONNX Runtime or Paddle Inference alone."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def generate_command(
     threads: int | None,
     as_json: bool,
 ) -> None:
-    """Answer prompts with a bundle, under ONNX Runtime alone.
+    """Answer prompts with a bundle, under ONNX Runtime alone, or Paddle Inference for one in Paddle's format.
 
     One prompt is answered as the text comes; several are answered in one padded batch.
     """
