@@ -15,6 +15,8 @@ from peft_deploy.base import open_base
 from peft_deploy.base.dygraph import load_model
 from peft_deploy.bundle import Manifest
 from peft_deploy.config.export import ExportOptions
+from peft_deploy.runtime import initial_cache, open_runner
+from peft_deploy.signature import past_names
 from peft_deploy.text import Tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.convert]
@@ -73,3 +75,28 @@ def test_tied_embeddings_are_stored_once(smollm2: Path, bundle: Path) -> None:
     assert config["tie_word_embeddings"] is True
     data, weights = bundle / "model.onnx.data", smollm2 / "model.safetensors"
     assert data.stat().st_size < 1.05 * weights.stat().st_size
+
+
+def test_paddles_format_says_the_same(
+    smollm2: Path, adapter: Path, bundle: Path, tmp_path: Path
+) -> None:
+    options = ExportOptions(format="paddle", validate=False)
+    peft_deploy.export(smollm2, tmp_path / "out", adapter=adapter, options=options)
+    prompts = [PROMPT, "Water boils at"]
+    ours, onnx = (
+        peft_deploy.load_bundle(folder).generate(prompts, max_new_tokens=STEPS)
+        for folder in (tmp_path / "out", bundle)
+    )
+    assert [result.token_ids for result in ours] == [result.token_ids for result in onnx]
+    ids = np.array([Tokenizer.from_folder(smollm2).encode(PROMPT)])
+    feeds = {
+        "input_ids": ids,
+        "attention_mask": np.ones_like(ids),
+        "position_ids": np.arange(ids.shape[1])[None],
+    }
+    logits = []
+    for folder in (tmp_path / "out", bundle):
+        runner = open_runner(folder)
+        cache = dict(zip(past_names(30), initial_cache(runner.signature, 1), strict=True))
+        logits.append(runner.run({**feeds, **cache})["logits"])
+    np.testing.assert_allclose(logits[0], logits[1], atol=1e-4 * np.abs(logits[1]).max())
