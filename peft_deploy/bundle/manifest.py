@@ -35,10 +35,11 @@ class Manifest:
         precision: ``fp32``, ….
         context_length: the most tokens that the model can see, new ones included; None when that is not known.
         base: where the base model came from: ``name``, ``layout`` and ``fingerprint``.
-        adapters: one entry an adapter: ``name``, ``method``, ``mode`` (``merged``), ``rank``, ``scaling``,
-            ``targets`` (module names), ``fingerprint``.
+        adapters: one entry an adapter: ``name``, ``method``, ``mode`` (``merged``; ``runtime`` for one that is kept
+            in ``adapters/``; ``prefix``), ``rank``, ``scaling``, ``targets`` (module names), ``fingerprint``.
         files: file name in the bundle → SHA-256 of its contents.
-        graph: node counts by operator and other facts about the graph.
+        graph: node counts by operator and other facts about the graph: ``lora_slots`` with the modules that have
+            some, their names, rank and type, ``prefix_slots``.
         layer: for a model that no family knows, what its user said of it
             (:class:`~peft_deploy.config.layer_signature.LayerSignature`).
         parity: the result of the parity check, or None when the bundle was not validated.
