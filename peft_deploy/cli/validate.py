@@ -32,6 +32,12 @@ from peft_deploy.cli._common import common_options, emit_json, say
     help="Prompts to be checked, too: one a line, or .jsonl.",
 )
 @click.option(
+    "--bisect",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Find the layer, module and operators at fault, and put them into a folder that shows it.",
+)
+@click.option(
     "--report",
     "report_folder",
     type=click.Path(path_type=Path),
@@ -46,6 +52,7 @@ def validate_command(
     provider: str,
     seed: int,
     cases: Path | None,
+    bisect: Path | None,
     report_folder: Path | None,
     as_json: bool,
 ) -> None:
@@ -69,6 +76,7 @@ def validate_command(
             provider=provider,
             seed=seed,
             cases=cases,
+            bisect=bisect,
             progress=progress,
         )
     if report_folder is not None:

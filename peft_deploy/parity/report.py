@@ -13,6 +13,8 @@ from peft_deploy.signature import LOGITS
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from peft_deploy.parity.bisect import Finding
+
 FORMAT_VERSION = 1
 
 # The check must be able to see an adapter that is wrong by a tenth; otherwise it says so.
@@ -282,6 +284,7 @@ class ParityReport:
         seconds: stage → how long it took.
         provider: what ran the bundle.
         parts: the same graph with something else active (``"prefix poet"``) → the report of that.
+        finding: where the bundle goes wrong, if that was looked for and found.
     """
 
     cases: tuple[CaseResult, ...]
@@ -295,6 +298,7 @@ class ParityReport:
     seconds: Mapping[str, float] = field(default_factory=dict)
     provider: str = ""
     parts: Mapping[str, ParityReport] = field(default_factory=dict)
+    finding: Finding | None = None
 
     @property
     def passed(self) -> bool:
@@ -346,6 +350,8 @@ class ParityReport:
         }
         if self.generation is not None:
             data["generation"] = self.generation.to_dict()
+        if self.finding is not None:
+            data["finding"] = self.finding.to_dict()
         if self.parts:
             data["parts"] = {name: part.to_dict(full) for name, part in self.parts.items()}
         if self.effect is not None:

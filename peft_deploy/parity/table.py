@@ -28,6 +28,8 @@ def render(report: ParityReport) -> RenderableType:
     if report.effect is not None and not report.effect.is_blind:
         parts.append(Text(_effect(report.effect)))
     parts += [Text(f"Warning: {warning}", style="yellow") for warning in report.warnings]
+    if report.finding is not None:
+        parts.append(Text(str(report.finding)))
     parts += [_part(name, part) for name, part in report.parts.items()]
     parts.append(
         Text(closing_sentence(report), style="bold green" if report.passed else "bold red")

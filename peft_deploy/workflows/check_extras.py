@@ -28,11 +28,13 @@ class CheckExtras:
     Args:
         own: the user's own prompts.
         record: keep what the reference says.
+        bounded: whether what is kept is to be written, and so must not be large.
         recordings: what was kept, in the order of the checks.
     """
 
     own: Sequence[Prompt] = ()
     record: bool = False
+    bounded: bool = True
     recordings: list[Recording] = field(default_factory=list)
 
     def added(
@@ -68,7 +70,7 @@ class CheckExtras:
                 new_tokens=options.new_tokens,
             )
             matrix = with_own_texts(matrix, self.own)
-        if self.record:
+        if self.record and self.bounded:
             check_size(signature, matrix.texts)
         return matrix, [*prompts, *self.own]
 

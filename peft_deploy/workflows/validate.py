@@ -30,6 +30,7 @@ from peft_deploy.parity.report import ParityReport
 from peft_deploy.progress import Progress, Silent
 from peft_deploy.runtime import Runner, open_runner
 from peft_deploy.text import Tokenizer
+from peft_deploy.workflows.bisect import check_bisectable, with_finding
 from peft_deploy.workflows.check_adapters import check_adapter_origin, check_adapters
 from peft_deploy.workflows.check_extras import CheckExtras, read_cases
 from peft_deploy.workflows.check_prefixes import check_prefix_origin, check_prefixes
@@ -51,6 +52,7 @@ def validate(
     provider: str = "cpu",
     seed: int = 0,
     cases: str | Path | None = None,
+    bisect: str | Path | None = None,
     progress: Progress | None = None,
 ) -> ParityReport:
     """Checks a bundle against the folders that it was made of. A bundle that fails is no error.
@@ -66,6 +68,8 @@ def validate(
         seed: of the random tokens.
         cases: a file of prompts that are to be checked, too: one a line, or a ``.jsonl`` of objects with a
             ``prompt`` or with ``ids``.
+        bisect: a folder for the part of the graph that is at fault, should the bundle fail; the report then says
+            where that is.
         progress: is told about every phase.
 
     Raises:
@@ -84,9 +88,11 @@ def validate(
     folder, progress = Path(bundle).expanduser(), progress or Silent()
     manifest = Manifest.read(folder)
     if base is None:
-        _check_recorded_options(adapter, seed, cases)
+        _check_recorded_options(adapter, seed, cases, bisect)
         recordings = read_recordings(folder, manifest)
         return check_recorded(folder, manifest, recordings, provider=provider, progress=progress)
+    if bisect is not None:
+        check_bisectable(manifest)
     if manifest.layer is not None:
         if cases is not None:
             raise ConfigError("cases are prompts, and the bundle is not of a language model")
@@ -101,7 +107,8 @@ def validate(
             f"a {type(base).__name__} in memory can only be checked against a bundle that was made of a layer",
             hint="give the base model's folder",
         )
-    extras = CheckExtras([] if cases is None else read_cases(Path(cases), folder))
+    own = [] if cases is None else read_cases(Path(cases), folder)
+    extras = CheckExtras(own, record=bisect is not None, bounded=False)
     kept = any(entry.get("mode") == RUNTIME for entry in manifest.adapters)
     source = from_folders(_as_exported(base, folder), adapter, keep=kept)
     progress.phase("Comparing fingerprints")
@@ -114,13 +121,24 @@ def validate(
         "extras": extras,
     }
     report = check_bundle(folder, model, source.family, source.config, **options)
+    if bisect is not None and not report.passed_alone:
+        progress.phase("Looking for the first bad value")
+        expectation = extras.recordings[0].expectation
+        report = with_finding(report, folder, model, source, expectation, Path(bisect))
     report = check_prefixes(report, folder, model, source, **options)
     del model  # the check of an adapter loads a model of its own
     return check_adapters(report, folder, source, **options)
 
 
-def _check_recorded_options(adapter: Adapters, seed: int, cases: str | Path | None) -> None:
-    given = {"an adapter": adapter is not None, "a seed": seed != 0, "cases": cases is not None}
+def _check_recorded_options(
+    adapter: Adapters, seed: int, cases: str | Path | None, bisect: str | Path | None
+) -> None:
+    given = {
+        "an adapter": adapter is not None,
+        "a seed": seed != 0,
+        "cases": cases is not None,
+        "bisect": bisect is not None,
+    }
     if wrong := [name for name, value in given.items() if value]:
         raise ConfigError(
             f"{wrong[0]} can only be used with the base model; without it the check is the one that was recorded",

@@ -1,0 +1,257 @@
+"""A bundle's graph with inner values among its outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from peft_deploy.bundle import MODEL
+from peft_deploy.errors import ExecutionError
+from peft_deploy.parity.bisect.taps import GRAPH, INPUT, OUTPUT
+from peft_deploy.runtime import check_external_data
+from peft_deploy.signature import GraphSignature
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+# Where onnxruntime is to look for the weights of a model that it gets as bytes.
+_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
+_NO_PREPACKING = "session.disable_prepacking"  # weights stay in the file, which is only mapped
+
+
+@dataclass(frozen=True)
+class Place:
+    """A value of the graph that a module of the reference has, too.
+
+    Args:
+        value: its name.
+        position: of the node that makes it, in the graph's order.
+        module: path as PaddleNLP has it; of an output of the graph, that output's name.
+        what: ``"output"`` or ``"input"`` of the module, or ``"graph output"``.
+    """
+
+    value: str
+    position: int
+    module: str
+    what: str
+
+
+class ExposedGraph:
+    """The graph of a bundle, looked into.
+
+    Args:
+        folder: the bundle, in ONNX format.
+
+    Raises:
+        BundleError: its weights lie outside of it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        import onnx_ir as ir
+
+        check_external_data(folder / MODEL)
+        self._folder = folder
+        self._model = ir.load(folder / MODEL)
+        self._nodes: list[ir.Node] = list(self._model.graph)
+        self._order = {id(node): i for i, node in enumerate(self._nodes)}
+        self.outputs = [str(value.name) for value in self._model.graph.outputs]
+
+    def output_of(self, scope: str) -> tuple[str, int] | None:
+        """Name and position of the value that a module gives to the rest of the graph.
+
+        Args:
+            scope: the module's folder in the names of nodes.
+
+        Returns:
+            The last such value that is no output of the graph; None when there is none.
+        """
+        members = [node for node in self._nodes if _is_under(node, scope)]
+        inside = {id(node) for node in members}
+        for node in reversed(members):
+            for value in node.outputs:
+                if value.is_graph_output() and not self._is_last(node):
+                    continue
+                users = [use.node for use in value.uses()]
+                if value.is_graph_output() or any(id(user) not in inside for user in users):
+                    return str(value.name), self._order[id(node)]
+        return None
+
+    def _is_last(self, node: ir.Node) -> bool:
+        """Whether the node ends the graph: its output is a module's, where a cache's is not."""
+        return node is self._nodes[-1]
+
+    def input_of(self, scope: str) -> tuple[str, int] | None:
+        """Name and position of the one value that a module takes from another node; None for several or none."""
+        members = [node for node in self._nodes if _is_under(node, scope)]
+        inside = {id(node) for node in members}
+        found: dict[str, int] = {}
+        for node in members:
+            for value in node.inputs:
+                producer = None if value is None else value.producer()
+                if producer is not None and id(producer) not in inside:
+                    assert value is not None
+                    found[str(value.name)] = self._order[id(producer)]
+        return next(iter(found.items())) if len(found) == 1 else None
+
+    def run(
+        self, feeds: Mapping[str, npt.NDArray[Any]], values: Iterable[str]
+    ) -> dict[str, npt.NDArray[Any]]:
+        """Inner values by name, for a full set of inputs.
+
+        Raises:
+            ExecutionError: onnxruntime refuses the graph.
+        """
+        import onnx_ir as ir
+        import onnxruntime as ort
+
+        names = list(dict.fromkeys(values))
+        if not names:  # to onnxruntime that would mean all
+            return {}
+        model = ir.load(self._folder / MODEL)  # a copy; its weights are not read
+        known = {v.name: v for node in model.graph for v in node.outputs}
+        present = {value.name for value in model.graph.outputs}
+        model.graph.outputs.extend(known[name] for name in names if name not in present)
+        options = ort.SessionOptions()
+        options.log_severity_level = 4
+        options.add_session_config_entry(_WEIGHTS_FOLDER, str(self._folder))
+        options.add_session_config_entry(_NO_PREPACKING, "1")
+        try:
+            data = ir.to_proto(model).SerializeToString()
+            session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+            wanted = {node.name for node in session.get_inputs()}
+            results = session.run(names, {k: v for k, v in feeds.items() if k in wanted})
+        except Exception as exc:  # onnxruntime's errors have no common base of their own
+            raise ExecutionError(
+                f"the graph does not run with inner values as outputs: {exc}"
+            ) from exc
+        return dict(zip(names, map(np.asarray, results), strict=True))
+
+    def between(self, bad: str, good: Iterable[str]) -> tuple[list[str], list[str]]:
+        """The nodes that make a value out of good ones.
+
+        Args:
+            bad: the value.
+            good: names of values to stop at.
+
+        Returns:
+            Names of the nodes in the graph's order, and of the values that they start from.
+        """
+        stops, starts = set(good), dict[str, None]()
+        waiting, found = [self._producer(bad)], dict[int, str]()
+        while waiting:
+            node = waiting.pop()
+            if node is None or self._order[id(node)] in found:
+                continue
+            found[self._order[id(node)]] = str(node.name)
+            for value in node.inputs:
+                if value is None or value.is_initializer():
+                    continue
+                if value.producer() is None or value.name in stops:
+                    starts[str(value.name)] = None
+                else:
+                    waiting.append(value.producer())
+        return [found[i] for i in sorted(found)], list(starts)
+
+    def initializers_of(self, nodes: Sequence[str]) -> list[str]:
+        """Names of the weights and constants of some nodes."""
+        wanted = set(nodes)
+        names = (
+            str(value.name)
+            for node in self._nodes
+            if node.name in wanted
+            for value in node.inputs
+            if value is not None and value.is_initializer()
+        )
+        return list(dict.fromkeys(names))
+
+    def weight(self, name: str) -> npt.NDArray[Any]:
+        """An initializer's values."""
+        value = self._model.graph.initializers[name].const_value
+        assert value is not None
+        return np.asarray(value.numpy())
+
+    def part(
+        self, nodes: Sequence[str], inputs: Mapping[str, npt.NDArray[Any]], output: str
+    ) -> ir.Model:
+        """The nodes as a model of their own, with their weights inside.
+
+        Args:
+            nodes: their names.
+            inputs: the values that they start from.
+            output: the value that they make.
+        """
+        import onnx_ir as ir
+
+        model = ir.load(self._folder / MODEL)
+        graph, wanted = model.graph, set(nodes)
+        values = {v.name: v for node in graph for v in node.outputs}
+        values |= {v.name: v for v in graph.inputs}
+        kept = [node for node in graph if node.name in wanted]
+        weights = [graph.initializers[name] for name in self.initializers_of(nodes)]
+        result = values[output]
+        graph.outputs.clear()
+        graph.inputs.clear()
+        starts = [_start(values[name], array) for name, array in inputs.items()]
+        for node in list(graph):
+            graph.remove(node)
+        for node in kept:
+            for i, value in enumerate(node.inputs):
+                if value is not None and value.name in inputs:
+                    node.replace_input_with(i, next(s for s in starts if s.name == value.name))
+        for weight in weights:
+            graph.initializers.pop(str(weight.name))
+            weight.const_value = ir.Tensor(self.weight(str(weight.name)), name=weight.name)
+        part = ir.Graph(
+            starts,
+            [result],
+            nodes=kept,
+            initializers=weights,
+            opset_imports=dict(model.opset_imports),
+            name="reproduction",
+        )
+        return ir.Model(part, ir_version=model.ir_version)
+
+    def position(self, value: str) -> int:
+        """Of the node that makes a value, in the graph's order."""
+        producer = self._producer(value)
+        return -1 if producer is None else self._order[id(producer)]
+
+    def _producer(self, value: str) -> ir.Node | None:
+        return next(
+            (node for node in self._nodes for out in node.outputs if out.name == value), None
+        )
+
+
+def _start(value: ir.Value, array: npt.NDArray[Any]) -> ir.Value:
+    import onnx_ir as ir
+
+    dtype = ir.DataType.from_numpy(array.dtype)
+    return ir.Value(name=value.name, type=ir.TensorType(dtype), shape=ir.Shape(array.shape))
+
+
+def _is_under(node: ir.Node, scope: str) -> bool:
+    return (node.name or "").startswith(f"{scope}/")
+
+
+def make_places(
+    graph: ExposedGraph, scopes: Mapping[str, str], signature: GraphSignature
+) -> list[Place]:
+    """The values that a graph and a reference have in common, in the graph's order.
+
+    Args:
+        graph: of the bundle.
+        scopes: module path as PaddleNLP has it → its folder in the names of nodes.
+        signature: of the graph.
+    """
+    found = [Place(n, graph.position(n), n, GRAPH) for n in signature.output_names]
+    for module, scope in scopes.items():
+        for what, place in ((OUTPUT, graph.output_of(scope)), (INPUT, graph.input_of(scope))):
+            if place is not None:
+                found.append(Place(place[0], place[1], module, what))
+    # of the modules that end in the same value, the innermost says most
+    return sorted(found, key=lambda p: (p.position, p.what == INPUT, -p.module.count(".")))

@@ -1,0 +1,263 @@
+"""The search for the first value of a graph that is not the reference's.
+
+First the outputs of the layers, then everything inside of the first bad one: two runs of the graph. An error does not
+go away again on its way through a model, so the first bad value in the graph's order is where it came in, and what
+lies between it and the good values before it is at fault.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from peft_deploy.families import NameMap
+from peft_deploy.parity.bisect.exposed import ExposedGraph, Place, make_places
+from peft_deploy.parity.bisect.finding import Finding
+from peft_deploy.parity.bisect.taps import GRAPH, OUTPUT, Taps
+from peft_deploy.parity.cases import Case
+from peft_deploy.parity.compare import measure
+from peft_deploy.parity.expectation import Expectation
+from peft_deploy.parity.play import counted, expected, given_cache, run_case, token_axis
+from peft_deploy.parity.tolerance import Limit, derive_limit
+from peft_deploy.runtime.runner import Array
+from peft_deploy.signature import GraphSignature
+
+Arrays = Mapping[str, npt.NDArray[Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """One call of a case, and what the reference says about it.
+
+    Args:
+        case: the call as a case of its own, what comes before it given.
+        feeds: its inputs.
+        truth: (module, what) → value, in float64 where that can be had.
+        noise: likewise in float32; the same arrays where it cannot.
+        exact: whether it could.
+    """
+
+    case: Case
+    feeds: Mapping[str, Array]
+    truth: Mapping[tuple[str, str], npt.NDArray[Any]]
+    noise: Mapping[tuple[str, str], npt.NDArray[Any]]
+    exact: bool
+
+
+def locate(
+    folder: Path,
+    reference: Any,
+    expectation: Expectation,
+    cases: Sequence[Case],
+    names: NameMap,
+) -> Finding | None:
+    """The first bad value of a bundle.
+
+    Args:
+        folder: the bundle, in ONNX format.
+        reference: the model that was trained, a ``PaddleReference``.
+        expectation: what it says about the texts.
+        cases: that failed; the first one in which a bad value is found decides.
+        names: of the model's modules.
+
+    Returns:
+        None when every value that can be compared is within its limit.
+
+    Raises:
+        ExecutionError: the graph does not run.
+    """
+    from peft_deploy.convert.passes.node_names import module_folder
+
+    graph, taps = ExposedGraph(folder), Taps(reference)
+    exact = reference.exact()
+    sharp = None if exact is None else Taps(exact)
+    scopes = {path: module_folder(names.module_to_huggingface(path)) for path in taps.paths}
+    places = make_places(graph, scopes, reference.signature)
+    for case in cases:
+        for call in _calls(case, taps, sharp, expectation, reference.signature):
+            found = _search(graph, places, call, expectation, reference.signature)
+            if found is not None:
+                return found
+    return None
+
+
+def _calls(
+    case: Case,
+    taps: Taps,
+    sharp: Taps | None,
+    expectation: Expectation,
+    signature: GraphSignature,
+) -> Iterator[_Call]:
+    first = case.given
+    for count in case.calls:
+        last = first + count
+        part = replace(case, slots=case.slots[:, :last], calls=(count,), given=first)
+        cache = given_cache(part, expectation.known, signature) if first else {}
+        capture = _Capture(taps)
+        run_case(capture, part, cache)
+        if sharp is not None:
+            run_case(sharp, part, cache)
+        truth = taps.values if sharp is None else sharp.values
+        yield _Call(part, capture.feeds, truth, taps.values, sharp is not None)
+        first = last
+
+
+class _Capture:
+    """Keeps the inputs of the last call."""
+
+    def __init__(self, taps: Taps) -> None:
+        self._taps = taps
+        self.feeds: Mapping[str, Array] = {}
+
+    @property
+    def signature(self) -> GraphSignature:
+        return self._taps.signature
+
+    def run(
+        self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None
+    ) -> dict[str, Array]:
+        self.feeds = feeds
+        return self._taps.run(feeds, outputs)
+
+
+def _search(
+    graph: ExposedGraph,
+    places: Sequence[Place],
+    call: _Call,
+    expectation: Expectation,
+    signature: GraphSignature,
+) -> Finding | None:
+    judge = _Judge(call, expectation, signature)
+    layers = [p for p in places if p.module.rpartition(".")[2].isdigit() and p.what == OUTPUT]
+    good, bad = judge.split(layers, graph.run(call.feeds, [p.value for p in layers]))
+    # with all layers good, it may be a cache that is handed out wrongly, in any of them
+    start = max((p.position for p in good), default=-1) if bad else -1
+    end = bad.position if bad else max(p.position for p in places)
+    inner = [p for p in places if start < p.position <= end]
+    values = graph.run(call.feeds, [p.value for p in inner])
+    fine, worst = judge.split(inner, values)
+    if worst is None:
+        return None
+    stops = {p.value for p in (*good, *fine)}
+    nodes, starts = graph.between(worst.value, stops)
+    inputs = {name: call.feeds[name] for name in starts if name in call.feeds}
+    inputs |= graph.run(call.feeds, [name for name in starts if name not in call.feeds])
+    wanted, counts, axis, limit = judge.measures(worst)
+    actual = values[worst.value]
+    if worst.what != GRAPH:
+        actual = _without_padding(actual, counts)
+    difference = measure(wanted, actual, counts, axis=axis, logits=False)
+    return Finding(
+        case=call.case.name,
+        layer=_layer_of(worst, bad, graph),
+        module=worst.module,
+        what=worst.what,
+        value=worst.value,
+        difference=difference,
+        limit=limit,
+        nodes=nodes,
+        inputs=inputs,
+        expected=wanted,
+        counts=_spread(counts, axis, wanted.shape),
+    )
+
+
+def _layer_of(worst: Place, bad: Place | None, graph: ExposedGraph) -> str | None:
+    """The layer that a value is in: by its module's path, or by the layer whose output is the first bad one."""
+    parts = worst.module.split(".")
+    indices = [i for i, part in enumerate(parts) if part.isdigit()]
+    if indices and worst.what != GRAPH:
+        return ".".join(parts[: indices[0] + 1])
+    return None if bad is None else bad.module
+
+
+def _spread(
+    counts: npt.NDArray[np.bool_], axis: int | None, shape: tuple[int, ...]
+) -> npt.NDArray[np.bool_]:
+    """Which elements count, in the value's own shape."""
+    wide = [1] * len(shape)
+    wide[0] = shape[0]
+    if axis is not None:
+        wide[axis] = shape[axis]
+    return np.ascontiguousarray(np.broadcast_to(counts.reshape(wide), shape))
+
+
+def _without_padding(
+    values: npt.NDArray[Any], counts: npt.NDArray[np.bool_]
+) -> npt.NDArray[np.float32]:
+    """Zeros at padding: what PaddleNLP has there is nobody's business, and in float64 not even a number."""
+    return np.where(_spread(counts, 1, values.shape), values, 0).astype(np.float32)
+
+
+class _Judge:
+    """Holds values against the reference's.
+
+    Args:
+        call: what was computed.
+        expectation: what the graph's outputs have to be.
+        signature: of the graph.
+    """
+
+    def __init__(self, call: _Call, expectation: Expectation, signature: GraphSignature) -> None:
+        self._call = call
+        self._limits = expectation.limits
+        self._specs = {spec.name: spec for spec in signature.outputs}
+        self._outputs = expected(call.case, expectation.known, signature).values
+
+    def split(self, places: Iterable[Place], values: Arrays) -> tuple[list[Place], Place | None]:
+        """The places before the first bad one that are good, and that one."""
+        good: list[Place] = []
+        for place in places:
+            verdict = self._is_good(place, values[place.value])
+            if verdict is False:
+                return good, place
+            if verdict:
+                good.append(place)
+        return good, None
+
+    def _is_good(self, place: Place, actual: npt.NDArray[Any]) -> bool | None:
+        """None where the two have not the same form, so that nothing can be said."""
+        found = self._find(place)
+        if found is None or found[0].shape != actual.shape or actual.dtype.kind != "f":
+            return None
+        wanted, counts, axis, limit = found
+        if place.what != GRAPH:
+            actual = _without_padding(actual, counts)
+        difference = measure(wanted, actual, counts, axis=axis, logits=False, brief=True)
+        return limit.used(difference) <= 1
+
+    def measures(
+        self, place: Place
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_], int | None, Limit]:
+        """What is expected at a place, where it counts, along which axis, and how far it may be off."""
+        found = self._find(place)
+        assert found is not None  # it was compared before
+        return found
+
+    def _find(
+        self, place: Place
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_], int | None, Limit] | None:
+        case = self._call.case
+        if place.what == GRAPH:
+            spec = self._specs[place.value]
+            limit = self._limits[place.value]
+            return self._outputs[place.value], counted(case, spec), token_axis(spec), limit
+        key = (place.module, place.what)
+        counts = case.counts[:, case.given :]
+        if key not in self._call.truth or self._call.truth[key].shape[:2] != counts.shape:
+            return None
+        wanted = _without_padding(self._call.truth[key], counts)
+        rough = _without_padding(self._call.noise.get(key, self._call.truth[key]), counts)
+        exact = self._call.exact and bool(np.isfinite(wanted).all())
+        if not exact:
+            # PaddleNLP's mask overflows in float64 where a row is padded: then float32 is the measure
+            wanted = rough
+        if not np.isfinite(wanted).all():
+            return None
+        own = measure(wanted, rough, counts, axis=1, logits=False, brief=True)
+        return wanted, counts, 1, derive_limit([own], exact=exact)

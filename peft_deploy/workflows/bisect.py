@@ -1,0 +1,119 @@
+"""Where a bundle that failed its check goes wrong."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from peft_deploy.bundle import Manifest
+from peft_deploy.config.export import ONNX
+from peft_deploy.errors import ConfigError
+from peft_deploy.parity.bisect import Finding, Weight, locate, write_reproduction
+from peft_deploy.parity.bisect.exposed import ExposedGraph
+from peft_deploy.parity.cases import Case
+from peft_deploy.parity.expectation import Expectation
+from peft_deploy.parity.report import ParityReport
+from peft_deploy.weights import Array
+from peft_deploy.workflows.sources import EXPORT_DTYPE, ExportSource
+
+if TYPE_CHECKING:
+    from paddle import nn
+
+_NOTHING = "no value inside of the graph was found that is not the Paddle model's"
+_SAME = 1e-6  # of the largest magnitude: merged in another order
+
+
+def check_bisectable(manifest: Manifest) -> None:
+    """Passes when a bundle can be looked into.
+
+    Raises:
+        ConfigError: it is not in ONNX format, or of a layer that no family knows.
+    """
+    if manifest.format != ONNX or manifest.layer is not None:
+        raise ConfigError(
+            "only ONNX bundles of a known family can be bisected; this one is "
+            + ("of a layer" if manifest.layer is not None else f"in the format {manifest.format}"),
+            hint="export the same model with --format onnx" if manifest.layer is None else None,
+        )
+
+
+def with_finding(
+    report: ParityReport,
+    folder: Path,
+    model: nn.Layer,
+    source: ExportSource,
+    expectation: Expectation,
+    output: Path,
+) -> ParityReport:
+    """The report, with the first value in the bundle's graph that is not PaddleNLP's.
+
+    Args:
+        report: of the check, which failed.
+        folder: the bundle, in ONNX format.
+        model: that was trained, in the dynamic graph.
+        source: what the bundle was made of.
+        expectation: of the same check.
+        output: a folder for the part of the graph that is at fault, with inputs, outputs and a script.
+
+    Returns:
+        The report; with a warning when no case failed, or all values that can be compared are right.
+
+    Raises:
+        ExecutionError: the graph does not run.
+        OutputError: the folder cannot be written.
+    """
+    failed = {case.name for case in report.cases if not case.passed and case.problem is None}
+    cases = [case for case in expectation.matrix.cases if case.name in failed]
+    names = source.family.names(source.config)
+    from peft_deploy.parity.reference import PaddleReference
+
+    reference = PaddleReference(model, source.family, source.config)
+    found = locate(folder, reference, expectation, sorted(cases, key=_size), names)
+    if found is None:
+        return replace(report, warnings=[*report.warnings, _NOTHING])
+    found = replace(found, weights=_wrong_weights(ExposedGraph(folder), found, source))
+    write_reproduction(output, folder, found)
+    return replace(report, finding=found)
+
+
+def _size(case: Case) -> tuple[int, int, int]:
+    """The simplest first: one call without a past, then few tokens but more than one."""
+    tokens = case.slots.size
+    return len(case.calls), case.given, tokens if case.slots.shape[1] > 1 else 1 << 30
+
+
+def _wrong_weights(graph: ExposedGraph, found: Finding, source: ExportSource) -> list[Weight]:
+    """Weights of the suspected operators that are not those that an export would write now."""
+    names = source.family.names(source.config)
+    merged = source.merged(EXPORT_DTYPE)
+    wrong: list[Weight] = []
+    known: dict[str, str] = {}
+    for parameter in merged.names():
+        mapped = names.to_huggingface(parameter)
+        known[mapped.name if mapped else parameter] = parameter
+    for name in graph.initializers_of(found.nodes):
+        if name not in known:
+            continue
+        have, want = graph.weight(name), merged.read(known[name])
+        note = _compare(have, want, source.tensors.read(known[name]))
+        if note is not None:
+            wrong.append(Weight(name, note))
+    return wrong
+
+
+def _compare(have: Array, want: Array, base: Array) -> str | None:
+    """What is wrong with a weight; None when nothing is."""
+    if have.shape != want.shape:
+        return f"it is {list(have.shape)}; it should be {list(want.shape)}"
+    scale = float(np.abs(want).max())
+    off = float(np.abs(have.astype(np.float64) - want.astype(np.float64)).max())
+    if off <= _SAME * scale:
+        return None
+    if np.array_equal(have, base.astype(have.dtype)):
+        return "it is the base model's, without the adapter"
+    if have.ndim == 2 and have.shape[0] == have.shape[1] and np.array_equal(have, want.T):
+        return "it is transposed"
+    return f"it is off by up to {off:.3g}, where the values reach {scale:.3g}"
