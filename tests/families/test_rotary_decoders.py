@@ -18,8 +18,8 @@ import peft_deploy
 from peft_deploy.base import open_base
 from peft_deploy.base.dygraph import build_skeleton, load_model
 from peft_deploy.config.export import ExportOptions
-from peft_deploy.errors import CheckpointError, UnsupportedModelError
-from peft_deploy.families import find_family
+from peft_deploy.errors import AdapterError, CheckpointError, UnsupportedModelError
+from peft_deploy.families import find_family, parallel_axes
 from peft_deploy.families.standins.parameters import unique_parameters
 from peft_deploy.weights.layout import HuggingFaceTensors
 
@@ -200,6 +200,18 @@ def test_fused_weights_have_no_place_in_hugging_face_s_layout(name: str, tmp_pat
     base = open_base(tiny.make(tmp_path, name))
     with pytest.raises(CheckpointError, match=r"no place(.|\n)*gate_up_fused_proj(.|\n)*qkv_proj"):
         HuggingFaceTensors(base.tensors, base.names)
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_fused_weights_are_not_joined_from_ranks(name: str) -> None:
+    """No one axis spreads the two halves of gate and up, so shards of such an adapter are refused by name."""
+    config = tiny.config_of(name)
+    family = find_family(config)
+    axis_of = parallel_axes(family, config, 2)
+    for module in ("self_attn.qkv_proj", "mlp.gate_up_fused_proj"):
+        with pytest.raises(AdapterError, match=rf"no layer .*{module}"):
+            axis_of(f"{family.model_type}.layers.1.{module}.lora_B")
+    assert axis_of(f"{family.model_type}.layers.1.mlp.down_proj.lora_A") == 0
 
 
 @pytest.mark.parametrize(
