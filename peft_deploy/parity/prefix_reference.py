@@ -6,6 +6,10 @@ makes of it is used here.
 
 from __future__ import annotations
 
+from peft_deploy.environment import require_paddle
+
+require_paddle("the reference side of a parity check")
+
 import copy
 from collections.abc import Mapping, Sequence
 from typing import Any

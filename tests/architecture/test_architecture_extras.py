@@ -31,6 +31,7 @@ NEED_PADDLE = (
     "peft_deploy.families.eager_repairs",
     "peft_deploy.families.standins",
     "peft_deploy.parity.layer_reference",
+    "peft_deploy.parity.prefix_reference",
     "peft_deploy.parity.reference",
     "peft_deploy.trace.layer",
     "peft_deploy.trace.program",
@@ -51,8 +52,10 @@ NEED_PADDLE = (
 NEED_ONNX_IR = (
     "peft_deploy.convert.bind",
     "peft_deploy.convert.graph",
+    "peft_deploy.convert.lora_slots",
     "peft_deploy.convert.passes",
     "peft_deploy.convert.postflight",
+    "peft_deploy.convert.prefix_slots",
     "peft_deploy.workflows.doctor",
     "peft_deploy.workflows.graph",
 )
