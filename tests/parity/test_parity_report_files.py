@@ -24,6 +24,7 @@ from peft_deploy.parity import (
     build_matrix,
     check,
 )
+from peft_deploy.parity.bisect import Finding, Weight
 from peft_deploy.parity.reports import HTML, JSON, JUNIT, MARKDOWN, Subject, write_reports
 
 PROMPTS = [Prompt("a <b>bold</b> & `c` | d", (1, 2, 3)), Prompt("c\x00\x1b[31m", (4,))]
@@ -62,10 +63,17 @@ def reports() -> dict[str, ParityReport]:
     checked["parts"] = replace(
         checked["good"], parts={"adapter <i>": checked["broken"], "prefix p": checked["good"]}
     )
+    name, result = checked["broken"].cases[0].worst or ("", None)
+    assert result is not None
+    finding = Finding(
+        *("case", "layers.0", "layers.0.mlp <b>", "output", name),
+        *(result.difference, result.limit, ["/a/MatMul"], [Weight("w", "is <i>transposed</i>")]),
+    )
+    checked["found"] = replace(checked["broken"], finding=finding)
     return checked
 
 
-KINDS = ["good", "broken", "not numbers", "not run", "parts"]
+KINDS = ["good", "broken", "not numbers", "not run", "parts", "found"]
 
 
 @pytest.fixture(params=KINDS)
@@ -138,6 +146,7 @@ def test_the_page_in_a_browser(written: tuple[Path, ParityReport], tmp_path: Pat
     assert dom.count("<circle") == circles
     for case in report.cases:
         assert f"<td>{case.name}</td>" in dom
+    assert ("is &lt;i&gt;transposed" in dom) is (report.finding is not None)
 
 
 def test_the_page_fits_a_phone_and_asks_for_nothing(

@@ -36,6 +36,7 @@ def _body(report: ParityReport, subject: Subject) -> list[str]:
     return [
         _groups(report),
         _failures(report.cases),
+        _finding(report),
         _generation(report, subject),
         _effect(report),
         "\n".join(f"- Warning: {_plain(warning)}" for warning in report.warnings),
@@ -81,6 +82,13 @@ def _failures(cases: Sequence[CaseResult]) -> str:
     if len(failed) > _SHOWN_FAILURES:
         lines.append(f"- and {len(failed) - _SHOWN_FAILURES} more cases")
     return "## What failed\n\n" + "\n".join(lines)
+
+
+def _finding(report: ParityReport) -> str:
+    if report.finding is None:
+        return ""
+    lines = [_plain(line) for line in str(report.finding).splitlines()]
+    return "## Where it goes wrong\n\n" + "\n".join(f"- {line}" for line in lines)
 
 
 def _generation(report: ParityReport, subject: Subject) -> str:
