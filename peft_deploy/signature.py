@@ -7,13 +7,14 @@ so that a graph, its ``genai_config.json`` and the loop that feeds it cannot dis
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 INPUT_IDS = "input_ids"
 ATTENTION_MASK = "attention_mask"
 POSITION_IDS = "position_ids"
 TOKEN_TYPE_IDS = "token_type_ids"
+ADAPTER_IDS = "adapter_ids"  # [batch]: which adapter of a bank each row uses; 0 is none
 LOGITS = "logits"
 START_LOGITS = "start_logits"
 END_LOGITS = "end_logits"
@@ -39,6 +40,9 @@ PREFIX = "prefix"  # tokens in it
 
 # Slots for LoRA are called after the module that they belong to; A is [in, rank], B is [rank, out].
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
+# Those of a bank hold every adapter's: A is [adapters, in, rank], B is [adapters, rank, out].
+BANK_A, BANK_B = ".lora_A.bank", ".lora_B.bank"
+ADAPTERS = "adapters"  # entries of a bank, the one of zeros for rows without an adapter included
 
 
 def past_names(num_layers: int) -> list[str]:
@@ -109,6 +113,16 @@ class GraphSignature:
     def num_layers(self) -> int:
         """Layers that have a cache."""
         return len(self.past) // 2
+
+    def with_adapter_ids(self) -> GraphSignature:
+        """The signature of the same graph with a bank of adapters: ``adapter_ids`` [batch] comes last."""
+        if ADAPTER_IDS in self.input_names:
+            return self
+        return replace(self, inputs=(*self.inputs, TensorSpec(ADAPTER_IDS, "int64", (BATCH,))))
+
+    def without_adapter_ids(self) -> GraphSignature:
+        """The inverse of :meth:`with_adapter_ids`."""
+        return replace(self, inputs=tuple(s for s in self.inputs if s.name != ADAPTER_IDS))
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready form of the signature."""

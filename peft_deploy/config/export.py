@@ -28,6 +28,8 @@ class ExportOptions:
             in the model's layers, or a regular expression for their names. None means no others, and all of them
             where no adapter is given.
         slot_rank: the one rank of all slots, for runtimes that take no empty tensors; None leaves it open.
+        adapter_bank: how many adapters can be in use at once, each row of a batch naming its own
+            (``adapter_ids``); implies ``adapters="runtime"``. None for one adapter at a time.
         format: ``"onnx"``, or ``"paddle"`` for Paddle's static format (``model.json``, ``model.pdiparams``).
         opset: version of the default ONNX operator set; not used for Paddle's format.
         pooling: of the sentence embeddings that an encoder without a head gives beside its hidden states: ``"mean"`` or
@@ -51,6 +53,7 @@ class ExportOptions:
     adapters: str | None = None
     slots: str | None = None
     slot_rank: int | None = None
+    adapter_bank: int | None = None
     format: str = ONNX
     opset: int = DEFAULT_OPSET
     prefix_slots: bool = False
@@ -66,10 +69,11 @@ class ExportOptions:
     @property
     def keeps_adapters(self) -> bool:
         """Whether LoRA adapters stay apart from the weights."""
-        return self.adapters == RUNTIME
+        return self.adapters == RUNTIME or self.adapter_bank is not None
 
     def __post_init__(self) -> None:
         self._check_slots()
+        self._check_bank()
         if self.format not in FORMATS:
             raise ConfigError(
                 f"format {self.format!r} is unknown; it can be {' or '.join(FORMATS)}"
@@ -118,4 +122,22 @@ class ExportOptions:
         if self.slot_rank is not None and self.slot_rank < 1:
             raise ConfigError(
                 f"slots of rank {self.slot_rank} were asked for; it must be at least 1"
+            )
+
+    def _check_bank(self) -> None:
+        if self.adapter_bank is None:
+            return
+        if self.adapter_bank < 1:
+            raise ConfigError(
+                f"a bank of {self.adapter_bank} adapters was asked for; it must be at least 1"
+            )
+        if self.slot_rank is not None:
+            raise ConfigError(
+                f"slots of rank {self.slot_rank} were asked for; those of a bank are as wide as its widest adapter",
+                hint="leave --slot-rank out, or --adapter-bank",
+            )
+        if self.prefix_slots:
+            raise ConfigError(
+                "a bank gives each row of a batch its own LoRA adapter, which it cannot do with prefixes",
+                hint="leave --prefix-slots out: the bundle takes prefixes as past_key_values, for all rows",
             )
