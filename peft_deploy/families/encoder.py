@@ -169,7 +169,8 @@ class EncoderFamily(Family):
             **{key: config[key] for key in _SIZES},
             **{key: _entry(config, key) for key in _DEFAULTS},
             **{key: config[key] for key in (*_CARRIED, *_EXTRAS) if config.get(key) is not None},
-            "num_labels": len(labels(config)),
+            **_named(labels(config)),
+            **({} if self._pooling is None else self._pooling.into({})),
             "use_cache": False,
         }
 
@@ -188,12 +189,9 @@ class EncoderFamily(Family):
 
     def huggingface_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """See :meth:`Family.huggingface_config`."""
-        names = labels(config)
-        head, names = self.head(config), labels(config)
-        named = {
-            "id2label": {str(i): name for i, name in names.items()},
-            "label2id": {name: i for i, name in names.items()},
-        }
+        head = self.head(config)
+        named = _named(labels(config))
+        named["id2label"] = {str(i): name for i, name in named["id2label"].items()}
         return {
             "model_type": self.model_type,
             "architectures": [self.paddle_model(config)],
@@ -203,7 +201,7 @@ class EncoderFamily(Family):
             "position_embedding_type": "absolute",
             **{key: config[key] for key in _CARRIED if config.get(key) is not None},
             **(named if head in ("sequence", "tokens") else {}),
-            **(self._pooling.into({}) if self._pooling is not None else {}),
+            **({} if self._pooling is None else self._pooling.into({})),
         }
 
     def settle(self, model: nn.Layer) -> None:
@@ -253,6 +251,10 @@ def labels(config: Mapping[str, Any]) -> dict[int, str]:
         return {int(i): str(name) for i, name in sorted(named.items(), key=lambda x: int(x[0]))}
     count = config.get("num_labels") or config.get("num_classes") or 2
     return {i: f"LABEL_{i}" for i in range(count)}
+
+
+def _named(classes: Mapping[int, str]) -> dict[str, Any]:
+    return {"id2label": dict(classes), "label2id": {name: i for i, name in classes.items()}}
 
 
 def _entry(config: Mapping[str, Any], key: str) -> Any:

@@ -26,7 +26,10 @@ require_paddle("these tests")
 import paddle
 import paddlenlp.transformers
 
+from peft_deploy.adapters.lora import LoRAModel
 from peft_deploy.base.dygraph import load_model
+from peft_deploy.config.merge import MergeOptions
+from peft_deploy.workflows.merge import merge
 
 tiny = load_recipe("tiny")
 NAMES = [name for name in tiny.known() if name.startswith(("bert", "ernie", "roberta"))]
@@ -259,3 +262,34 @@ def test_ernie_says_where_it_differs_from_transformers() -> None:
     assert len(remarks) == 2
     assert "layer_norm_eps to 1e-05" in remarks[0] and "task_id to 1" in remarks[1]
     assert find_family(config).huggingface_config(config)["layer_norm_eps"] == 1e-12
+
+
+@pytest.mark.parametrize("name", ["bert-classification", "ernie-tokens", "bert-embedding"])
+@pytest.mark.parametrize("to", ["paddle", "hf"])
+def test_a_merged_checkpoint_is_the_adapted_model(
+    name: str, to: str, make: Make, tmp_path: Path
+) -> None:
+    base = make(name, layout="huggingface" if to == "paddle" else "paddlenlp")
+    adapter = tiny.make_lora(tmp_path / "adapter", base)
+    merge(base, adapter, tmp_path / "merged", options=MergeOptions(to=to))
+    merged = open_base(tmp_path / "merged")
+    config = tiny.config_of(name)
+    assert merged.family.signature(merged.config) == open_base(base).family.signature(config)
+    assert merged.config.get("sentence_pooling") == config.get("sentence_pooling")
+    if "id2label" in config:
+        assert list(merged.config["id2label"].values()) == list(config["id2label"].values())
+    model = LoRAModel.from_pretrained(load_model(open_base(base)), adapter)
+    model.eval()
+    feeds = {n: paddle.to_tensor(a) for n, a in feeds_for(config, [S, 4]).items()}
+    with paddle.no_grad():
+        want, have = model(**feeds), load_model(merged)(**feeds)
+        first = [x[0] if isinstance(x, tuple) else x for x in (want, have)]
+    np.testing.assert_allclose(first[1].numpy(), first[0].numpy(), atol=1e-4)
+    if to == "paddle":
+        cls = getattr(paddlenlp.transformers, config["architectures"][0])
+        theirs = cls.from_pretrained(tmp_path / "merged")
+        theirs.eval()
+        with paddle.no_grad():
+            returned = theirs(**feeds)
+        values = returned[0] if isinstance(returned, tuple) else returned
+        np.testing.assert_array_equal(values.numpy(), first[1].numpy())
