@@ -86,27 +86,23 @@ class AddLoraSlotsPass(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Inserts three nodes a layer."""
         graph = model.graph
-        linears = find_linears(graph)
-        chosen = {module: linears[module] for module in self._select(list(linears))}
-        dtypes = {linear.dtype for linear in chosen.values()}
-        if len(dtypes) > 1:
-            raise ConversionError(
-                f"the layers that are to get slots are of several element types: {', '.join(sorted(dtypes))}"
-            )
-        dtype = dtypes.pop() if dtypes else "float32"
+        chosen, dtype = choose_linears(graph, self._select)
         default = self._defaults(chosen, dtype)
         names: list[str] = []
         for module, linear in chosen.items():
             in_size, out_size = linear.shape
             rank = self._rank or f"{module}.rank"
-            A = _slot(graph, module + LORA_A, (in_size, rank), default)
-            B = _slot(graph, module + LORA_B, (rank, out_size), default)
-            _add_product(graph, linear, A, B, module_folder(module))
+            A = add_slot(graph, module + LORA_A, (in_size, rank), default)
+            B = add_slot(graph, module + LORA_B, (rank, out_size), default)
+            folder = module_folder(module)
+            xA = slot_node("MatMul", [linear.node.inputs[0], A], f"{folder}/lora_A")
+            xAB = slot_node("MatMul", [xA.outputs[0], B], f"{folder}/lora_B")
+            add_branch(graph, linear, [xA, xAB], folder)
             names += [module + LORA_A, module + LORA_B]
         self.added = LoraSlots(tuple(chosen), tuple(names), self._rank, dtype)
         return ir.passes.PassResult(model, modified=bool(chosen))
 
-    def _defaults(self, chosen: Mapping[str, Linear], dtype: str) -> _Default:
+    def _defaults(self, chosen: Mapping[str, Linear], dtype: str) -> Default:
         """Empty tensors in the graph itself; or zeros, which all slots share and the file holds once."""
         if self._rank is None:
             return _EmptyDefault(DTYPES[dtype])
@@ -157,6 +153,22 @@ def find_linears(graph: ir.Graph) -> dict[str, Linear]:
     return found
 
 
+def choose_linears(graph: ir.Graph, select: Selection) -> tuple[dict[str, Linear], str]:
+    """The linear layers that are to get slots, by module, and the element type that they share.
+
+    Raises:
+        ConversionError: they are of several element types.
+    """
+    linears = find_linears(graph)
+    chosen = {module: linears[module] for module in select(list(linears))}
+    dtypes = {linear.dtype for linear in chosen.values()}
+    if len(dtypes) > 1:
+        raise ConversionError(
+            f"the layers that are to get slots are of several element types: {', '.join(sorted(dtypes))}"
+        )
+    return chosen, dtypes.pop() if dtypes else "float32"
+
+
 def in_numbered_layers(modules: Sequence[str]) -> list[str]:
     """The modules that belong to one of a model's layers, which are numbered; not the head, for instance."""
     return [module for module in modules if any(part.isdigit() for part in module.split("."))]
@@ -175,7 +187,8 @@ def _numpy_name(tensor: ir.TensorProtocol) -> str:
     return str(tensor.dtype.numpy().name)
 
 
-_Default = Callable[[str, tuple[int | str, ...]], ir.TensorProtocol]
+# Of a slot's name and dimensions, what it holds without an adapter.
+Default = Callable[[str, tuple[int | str, ...]], ir.TensorProtocol]
 
 
 @dataclass(frozen=True)
@@ -205,7 +218,10 @@ class _ZeroDefault:
         )
 
 
-def _slot(graph: ir.Graph, name: str, dims: tuple[int | str, ...], default: _Default) -> ir.Value:
+def add_slot(
+    graph: ir.Graph, name: str, dims: tuple[int | str, ...], default: Default
+) -> ir.Value:
+    """A new input of the graph with a default, the last one so far."""
     tensor = default(name, dims)
     value = ir.Value(
         name=name, shape=ir.Shape(dims), type=ir.TensorType(tensor.dtype), const_value=tensor
@@ -215,15 +231,20 @@ def _slot(graph: ir.Graph, name: str, dims: tuple[int | str, ...], default: _Def
     return value
 
 
-def _add_product(graph: ir.Graph, linear: Linear, A: ir.Value, B: ir.Value, folder: str) -> None:
-    """Adds (x · A) · B to the layer's result, wherever that is used; ``folder`` begins the names of nodes."""
+def add_branch(graph: ir.Graph, linear: Linear, branch: Sequence[ir.Node], folder: str) -> None:
+    """Adds what the last node of a branch gives to a layer's result, wherever that is used.
+
+    Args:
+        graph: with the layer.
+        linear: the layer.
+        branch: new nodes in order.
+        folder: begins the name of the node that adds.
+    """
     users = list(linear.result.uses())
-    xA = _node("MatMul", [linear.node.inputs[0], A], f"{folder}/lora_A")
-    xAB = _node("MatMul", [xA.outputs[0], B], f"{folder}/lora_B")
-    total = _node("Add", [linear.result, xAB.outputs[0]], f"{folder}/lora")
+    total = slot_node("Add", [linear.result, branch[-1].outputs[0]], f"{folder}/lora")
     producer = linear.result.producer()
     assert producer is not None  # a layer's result is computed
-    graph.insert_after(producer, [xA, xAB, total])
+    graph.insert_after(producer, [*branch, total])
     for user in users:
         user.node.replace_input_with(user.idx, total.outputs[0])
     _take_over_output(graph, linear.result, total.outputs[0])
@@ -239,7 +260,8 @@ def _take_over_output(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
             graph.outputs[index] = new
 
 
-def _node(operator: str, inputs: Sequence[ir.Value | None], folder: str) -> ir.Node:
+def slot_node(operator: str, inputs: Sequence[ir.Value | None], folder: str) -> ir.Node:
+    """A new node ``FOLDER/OPERATOR`` with one result."""
     node = ir.Node("", operator, inputs, num_outputs=1, name=f"{folder}/{operator}")
     node.outputs[0].name = f"{node.name}_output_0"
     return node

@@ -15,6 +15,7 @@ from peft_deploy.convert import (
     check_graph,
     run_pipeline,
 )
+from peft_deploy.convert.adapter_bank import AddAdapterBankPass
 from peft_deploy.convert.lora_slots import AddLoraSlotsPass, Selection
 from peft_deploy.convert.prefix_slots import AddPrefixSlotsPass, slot_specs
 from peft_deploy.convert.weight_file import add_tables
@@ -32,6 +33,7 @@ def finish_graph(
     *,
     lora_slots: Selection | None = None,
     slot_rank: int | None = None,
+    adapter_bank: int | None = None,
     prefix_slots: bool = False,
 ) -> dict[str, Any]:
     """Cleans a graph up, joins it with its weights, checks it and writes it.
@@ -44,12 +46,15 @@ def finish_graph(
         path: where the graph goes, beside the file.
         lora_slots: which linear layers get slots for LoRA, if any are to have them.
         slot_rank: rank of those slots; None leaves it open.
+        adapter_bank: how many adapters these slots are to hold at once, each row of a batch naming its own; None
+            for slots of one adapter at a time.
         prefix_slots: add slots for a prefix.
 
     Returns:
         What the manifest says of it: ``operators``, how often each appears, ``removed``, how many nodes each
         pass took away, and where there are any, ``lora_slots``
-        (see :class:`~peft_deploy.convert.lora_slots.LoraSlots`) and ``prefix_slots``, their names.
+        (see :class:`~peft_deploy.convert.lora_slots.LoraSlots`), ``adapter_bank``, its ``capacity``, and
+        ``prefix_slots``, their names.
 
     Raises:
         ConversionError: the graph is not what it should be.
@@ -62,11 +67,18 @@ def finish_graph(
     facts: dict[str, Any] = {"removed": removed}
     slots: list[str] = []
     if lora_slots is not None:
-        adding = AddLoraSlotsPass(lora_slots, file, slot_rank)
+        adding = (
+            AddLoraSlotsPass(lora_slots, file, slot_rank)
+            if adapter_bank is None
+            else AddAdapterBankPass(lora_slots)
+        )
         adding(converted.model)
         assert adding.added is not None  # the pass has run
         facts["lora_slots"] = adding.added.to_dict()
         slots += adding.added.names
+    if adapter_bank is not None:
+        facts["adapter_bank"] = {"capacity": adapter_bank}
+        signature = signature.with_adapter_ids()
     if prefix_slots:
         AddPrefixSlotsPass(signature)(converted.model)
         facts["prefix_slots"] = [spec.name for spec in slot_specs(signature)]

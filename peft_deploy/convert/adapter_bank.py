@@ -1,0 +1,152 @@
+"""Slots for several adapters at once: each row of a batch names the one that it uses.
+
+    y = x · W + bias   becomes   y = (x · W + bias) + (x · A[ids]) · B[ids]
+
+A is [adapters, in, R] and B is [adapters, R, out], with the adapters' scaling in it; ``ids`` is the input
+``adapter_ids`` [batch]. By default there is one entry, of rank 0, which adds exactly zero: the one of rows without an
+adapter, whose id is 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from peft_deploy.convert.lora_slots import (
+    Linear,
+    LoraSlots,
+    Selection,
+    add_branch,
+    add_slot,
+    choose_linears,
+    slot_node,
+)
+from peft_deploy.convert.passes.node_names import module_folder
+from peft_deploy.errors import ConversionError, listed
+from peft_deploy.signature import ADAPTER_IDS, ADAPTERS, BANK_A, BANK_B, BATCH
+from peft_deploy.weights.source import DTYPES
+
+_ROW_AXIS = "bank.row_axis"  # the name of the constant [1]
+
+
+class AddAdapterBankPass(ir.passes.InPlacePass):
+    """Adds the input ``adapter_ids``, and a ``MODULE.lora_A.bank`` and ``MODULE.lora_B.bank`` to chosen linear layers.
+
+    Precondition: weights are bound, and go by Hugging Face's names. Postcondition: but for ``adapter_ids`` [batch]
+    the graph's inputs and outputs are what they were; with zeros there so is every result.
+
+    Args:
+        select: which linear layers get slots.
+
+    Attributes:
+        added: the slots, after the pass has run.
+
+    Raises:
+        ConversionError: the linear layers are of several element types, or the rows of the batch cannot be told
+            apart in what one of them gets.
+    """
+
+    def __init__(self, select: Selection) -> None:
+        super().__init__()
+        self._select = select
+        self.added: LoraSlots | None = None
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Inserts five nodes a layer, and two more where it gets one vector a row."""
+        graph = model.graph
+        chosen, dtype = choose_linears(graph, self._select)
+        ranks = _input_ranks(model, chosen)
+        ids = ir.val(ADAPTER_IDS, ir.DataType.INT64, ir.Shape([BATCH]))
+        graph.inputs.append(ids)
+        names: list[str] = []
+        for module, linear in chosen.items():
+            in_size, out_size = linear.shape
+            rank = f"{module}.rank"
+            default = _Entry(DTYPES[dtype])
+            A = add_slot(graph, module + BANK_A, (ADAPTERS, in_size, rank), default)
+            B = add_slot(graph, module + BANK_B, (ADAPTERS, rank, out_size), default)
+            branch = list(_branch(graph, linear, (A, B), ids, ranks[module], module))
+            add_branch(graph, linear, branch, module_folder(module))
+            names += [module + BANK_A, module + BANK_B]
+        self.added = LoraSlots(tuple(chosen), tuple(names), None, dtype)
+        return ir.passes.PassResult(model, modified=True)
+
+
+class _Entry:
+    """One adapter of rank 0."""
+
+    def __init__(self, dtype: np.dtype[np.generic]) -> None:
+        self._dtype = dtype
+
+    def __call__(self, name: str, dims: tuple[int | str, ...]) -> ir.TensorProtocol:
+        open_sizes = {ADAPTERS: 1}
+        sizes = [dim if isinstance(dim, int) else open_sizes.get(dim, 0) for dim in dims]
+        return ir.tensor(np.zeros(sizes, self._dtype), name=name)
+
+
+def _branch(
+    graph: ir.Graph,
+    linear: Linear,
+    slots: tuple[ir.Value, ir.Value],
+    ids: ir.Value,
+    rank: int,
+    module: str,
+) -> Iterator[ir.Node]:
+    """The nodes of (x · A[ids]) · B[ids]; the last one's result is shaped as the layer's."""
+    folder = module_folder(module)
+    x = linear.node.inputs[0]
+    if rank == 2:  # one vector a row: MatMul wants [B, 1, in] beside [B, in, R]
+        widened = slot_node("Unsqueeze", [x, _row_axis(graph)], f"{folder}/lora")
+        yield widened
+        x = widened.outputs[0]
+    for half, slot in zip("AB", slots, strict=True):
+        own = slot_node("Gather", [slot, ids], f"{folder}/lora_{half}")
+        product = slot_node("MatMul", [x, own.outputs[0]], f"{folder}/lora_{half}")
+        yield own
+        yield product
+        x = product.outputs[0]
+    if rank == 2:
+        yield slot_node("Squeeze", [x, _row_axis(graph)], f"{folder}/lora")
+
+
+def _row_axis(graph: ir.Graph) -> ir.Value:
+    if _ROW_AXIS not in graph.initializers:
+        tensor = ir.tensor(np.array([1], np.int64), name=_ROW_AXIS)
+        graph.register_initializer(ir.val(_ROW_AXIS, const_value=tensor))
+    return graph.initializers[_ROW_AXIS]
+
+
+def _input_ranks(model: ir.Model, linears: Mapping[str, Linear]) -> dict[str, int]:
+    """How many dimensions each layer's input has, of which the first must be the batch.
+
+    Any other order would multiply rows by each other's adapters without an error.
+    """
+    found = _inferred_dims(model)
+    ranks, wrong = {}, []
+    for module, linear in linears.items():
+        value = linear.node.inputs[0]
+        dims = found.get("" if value is None else value.name or "")
+        if dims is None or len(dims) not in (2, 3) or dims[0] != BATCH:
+            wrong.append(f"{module}: {'unknown' if dims is None else list(dims)}")
+        else:
+            ranks[module] = len(dims)
+    if wrong:
+        raise ConversionError(
+            "the rows of a batch cannot be told apart in what these linear layers get, so that they cannot have a "
+            f"bank of adapters:\n{listed(wrong)}",
+            hint="use --adapters runtime, with one adapter for all rows",
+        )
+    return ranks
+
+
+def _inferred_dims(model: ir.Model) -> dict[str, tuple[int | str, ...]]:
+    """Dimensions of the graph's values as ONNX's own inference has them; the batch keeps its name."""
+    graph = onnx.shape_inference.infer_shapes(ir.to_proto(model)).graph
+    return {
+        value.name: tuple(d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim)
+        for value in (*graph.input, *graph.value_info, *graph.output)
+        if value.type.tensor_type.HasField("shape")
+    }
