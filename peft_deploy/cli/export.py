@@ -43,6 +43,12 @@ if TYPE_CHECKING:
     help="One rank for all slots, for runtimes that take no empty tensors.",
 )
 @click.option(
+    "--adapter-bank",
+    type=int,
+    metavar="N",
+    help="Slots for up to N LoRA adapters at once: each row of a batch names its own (adapter_ids).",
+)
+@click.option(
     "--prefix-slots",
     is_flag=True,
     help="Let the graph take a prefix from an .onnx_adapter file, too.",
@@ -100,6 +106,7 @@ def export_command(
     adapters: str | None,
     slots: str | None,
     slot_rank: int | None,
+    adapter_bank: int | None,
     prefix_slots: bool,
     signature: Path | None,
     output: Path,
@@ -129,6 +136,11 @@ def export_command(
             f"--merge folds an adapter into the weights and --adapters {adapters} keeps it apart",
             hint="give one of the two",
         )
+    if merge and adapter_bank is not None:
+        raise ConfigError(
+            "--merge folds an adapter into the weights and --adapter-bank keeps adapters apart",
+            hint="give one of the two",
+        )
     if merge and not adapter_folders:
         raise ConfigError(
             "--merge says what to do with an adapter, and none was given", hint="add --adapter DIR"
@@ -138,6 +150,7 @@ def export_command(
         adapters=adapters,
         slots=slots,
         slot_rank=slot_rank,
+        adapter_bank=adapter_bank,
         prefix_slots=prefix_slots,
         format=format,
         opset=opset,

@@ -13,6 +13,7 @@ from peft_deploy.adapters.formats.prefix import PrefixAdapter
 from peft_deploy.base import BaseModel, open_base
 from peft_deploy.base.folder import CONFIG
 from peft_deploy.bundle import MODEL, Manifest
+from peft_deploy.bundle.adapter_bank import adapter_slots
 from peft_deploy.bundle.slots import Slot, read_slots
 from peft_deploy.config.json_file import read_object
 from peft_deploy.errors import AdapterError, BundleError, CheckpointError, ConfigError, listed
@@ -64,7 +65,7 @@ class AdapterTarget:
         """
         if self.bundle is None:
             return {}
-        slots = read_slots(self.bundle / MODEL)
+        slots = adapter_slots(read_slots(self.bundle / MODEL))
         if not slots:
             raise AdapterError(
                 f"the graph of {self.bundle} has no slots for adapters: its weights are merged, or the base's own"

@@ -66,7 +66,7 @@ def fill_bundle(
         source.check(converted.shapes)
         graph = _finish(converted, source, file, options)
     _write_configs(folder, source, generation, options.format)
-    write_kept(folder, source, graph, fingerprint)
+    graph = write_kept(folder, source, graph, fingerprint)
     signature = source.family.signature(source.config, EXPORT_DTYPE)
     slots = options.prefix_slots
     write_prefixes(folder, source.prefixes, signature, fingerprint, slots=slots)
@@ -110,6 +110,7 @@ def _finish(
         file.path.with_name(MODEL),
         lora_slots=select_layers(source, options) if options.keeps_adapters else None,
         slot_rank=options.slot_rank,
+        adapter_bank=options.adapter_bank,
         prefix_slots=options.prefix_slots,
     )
 

@@ -41,12 +41,15 @@ def describe(
         graph: facts about the graph.
         shares: parameter → what rounding lost of the merged adapter's change.
     """
+    signature = source.family.signature(source.config, EXPORT_DTYPE)
+    if options.adapter_bank is not None:
+        signature = signature.with_adapter_ids()
     return Manifest(
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         versions=_versions() | converted.versions,
         model_type=source.family.model_type,
         architecture=source.family.paddle_model(source.config),
-        signature=source.family.signature(source.config, EXPORT_DTYPE),
+        signature=signature,
         opset=options.opset if options.format == ONNX else None,
         format=options.format,
         precision="fp32",

@@ -20,7 +20,7 @@ from peft_deploy.progress import Progress, Silent
 from peft_deploy.workflows.check_extras import CheckExtras, plan_extras
 from peft_deploy.workflows.contents import fill_bundle
 from peft_deploy.workflows.description import plan_lines
-from peft_deploy.workflows.kept_adapters import check_keepable
+from peft_deploy.workflows.kept_adapters import check_bank, check_keepable
 from peft_deploy.workflows.phase_clock import PhaseClock
 from peft_deploy.workflows.prefixes import check_takes_prefixes, is_prefix
 from peft_deploy.workflows.sources import (
@@ -202,6 +202,7 @@ def _source(
         source = from_memory(base, folder, keep=keep, pooling=options.pooling)
     for named in source.kept:
         check_keepable(named.adapter, source)
+    check_bank(source, options.adapter_bank)
     if options.prefix_slots:
         check_takes_prefixes(source)
     for remark in source.family.remarks(source.config):

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from peft_deploy.adapters import Adapter
 from peft_deploy.adapters.formats.onnx_adapter import onnx_tensors, slot_names
-from peft_deploy.adapters.formats.onnx_file import model_version, write_onnx_adapter
+from peft_deploy.adapters.formats.onnx_file import MAX_BYTES, model_version, write_onnx_adapter
 from peft_deploy.adapters.formats.peft_writer import huggingface_modules, refuse_unmergeable
 from peft_deploy.atomic_folder import disk_errors
+from peft_deploy.bundle import MODEL
+from peft_deploy.bundle.adapter_bank import BANK_FILE, stack_adapters
 from peft_deploy.bundle.adapter_files import adapter_path
 from peft_deploy.bundle.folder import BundleFolder
+from peft_deploy.bundle.slots import read_slots
 from peft_deploy.config.export import ALL_LINEAR, ExportOptions
 from peft_deploy.config.matching import match_pattern
 from peft_deploy.errors import AdapterError, ConfigError, listed, nearest
+from peft_deploy.weights.source import Array
 from peft_deploy.workflows.sources import EXPORT_DTYPE, ExportSource, NamedAdapter
 
 if TYPE_CHECKING:
@@ -102,10 +107,28 @@ def _others(slots: str, linears: Sequence[str]) -> list[str]:
     return found
 
 
+def check_bank(source: ExportSource, capacity: int | None) -> None:
+    """Passes when the adapters that are kept fit into the bank.
+
+    Args:
+        source: the model and the adapters.
+        capacity: of the bank; None without one.
+
+    Raises:
+        ConfigError: they are more.
+    """
+    if capacity is not None and len(source.kept) > capacity:
+        names = ", ".join(named.name for named in source.kept)
+        raise ConfigError(
+            f"{len(source.kept)} adapters were given ({names}) for a bank of {capacity}",
+            hint=f"--adapter-bank {len(source.kept)}, or more",
+        )
+
+
 def write_kept(
     folder: BundleFolder, source: ExportSource, graph: Mapping[str, Any], fingerprint: str
-) -> None:
-    """Writes ``adapters/NAME.onnx_adapter`` for every adapter that is kept.
+) -> dict[str, Any]:
+    """Writes ``adapters/NAME.onnx_adapter`` for every adapter that is kept, and for a bank all of them in one file.
 
     Args:
         folder: of the bundle.
@@ -113,20 +136,47 @@ def write_kept(
         graph: what the manifest says of the graph, its slots among it.
         fingerprint: of the base model.
 
+    Returns:
+        What the manifest says of the graph, with the bank's file in it.
+
     Raises:
         AdapterError: a rank above that of the slots, or values too large for their type.
         OutputError: a file cannot be written.
     """
+    version = model_version(fingerprint)
+    adapters: dict[str, dict[str, Array]] = {}
     for named in source.kept:
         tensors = _tensors(named.adapter, source, graph["lora_slots"])
         path = adapter_path(folder.path, named.name)
         with disk_errors(folder.output):
             path.parent.mkdir(exist_ok=True)
-        write_onnx_adapter(path, tensors, model_version(fingerprint))
+        write_onnx_adapter(path, tensors, version)
+        if "adapter_bank" in graph:
+            adapters[named.name] = tensors
+    bank = _write_bank(folder, adapters, version) if adapters else {}
+    return {**graph, "adapter_bank": {**graph["adapter_bank"], **bank}} if bank else dict(graph)
 
 
-def _tensors(adapter: Adapter, source: ExportSource, slots: Mapping[str, Any]) -> dict[str, Any]:
+def _write_bank(
+    folder: BundleFolder, adapters: Mapping[str, Mapping[str, Array]], version: int
+) -> dict[str, Any]:
+    """All adapters stacked; returns the file's name, and under which id each of them is in it."""
+    stacked = stack_adapters(read_slots(folder.path / MODEL), list(adapters.values()))
+    size = sum(array.nbytes for array in stacked.values())
+    if size > MAX_BYTES:
+        warnings.warn(
+            f"all adapters in one file would be {size:,} bytes, more than such a file can hold; {BANK_FILE}, which "
+            "only other runtimes need, is left out",
+            stacklevel=5,
+        )
+        return {}
+    write_onnx_adapter(folder.path / BANK_FILE, stacked, version)
+    return {"file": BANK_FILE, "ids": {name: i for i, name in enumerate(adapters, 1)}}
+
+
+def _tensors(adapter: Adapter, source: ExportSource, slots: Mapping[str, Any]) -> dict[str, Array]:
     rank, modules = slots["rank"], slots["targets"]
     ranks = {} if rank is None else {slot_names(module)[0]: rank for module in modules}
     names = source.family.names(source.config)
-    return onnx_tensors(adapter, names, slots["dtype"], ranks, slots["names"])
+    own = [name for module in modules for name in slot_names(module)]
+    return onnx_tensors(adapter, names, slots["dtype"], ranks, own)

@@ -154,6 +154,7 @@ def check_layer_options(options: ExportOptions, adapter: Adapters) -> None:
         ConfigError: one needs to know the model, or an adapter is not to be merged.
     """
     needing = {
+        "--adapter-bank": options.adapter_bank is not None,
         "--adapters runtime": options.keeps_adapters,
         "--prefix-slots": options.prefix_slots,
         "--cases": options.cases is not None,
