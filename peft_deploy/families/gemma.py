@@ -42,12 +42,14 @@ class Gemma(RotaryDecoder):
 
     def remarks(self, config: Mapping[str, Any]) -> tuple[str, ...]:
         """See :meth:`Family.remarks`."""
-        asked = config.get("hidden_activation") or config.get("hidden_act")
-        if asked in (None, self.activation):
+        asked = config.get("hidden_activation")
+        if asked == self.activation:
             return ()
+        # Without hidden_activation transformers takes the tanh form, whatever hidden_act says.
         return (
-            f"config.json asks for {asked}; PaddleNLP's Gemma computes the erf form of GELU whatever it says, and so "
-            "does what is exported: logits differ slightly from those in transformers",
+            f"config.json gives {asked or 'nothing'} as hidden_activation; PaddleNLP's Gemma computes the erf form of "
+            "GELU all the same, and so does what is exported, where transformers computes the tanh form: its logits "
+            "differ slightly",
         )
 
     def huggingface_config(self, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -262,6 +262,7 @@ def test_what_would_be_computed_otherwise_is_refused_by_name(
         (MISTRAL_7B, "sliding_window to 4096.*texts longer than 4096"),
         ({**QWEN2_5_HALF_B, "use_sliding_window": True}, "use_sliding_window.*longer than 32768"),
         ({**GEMMA_2B, "hidden_activation": "gelu_pytorch_tanh"}, "gelu_pytorch_tanh.*erf form"),
+        (GEMMA_2B, "gives nothing as hidden_activation.*erf form"),
     ],
 )
 def test_remarks_say_where_transformers_computes_something_else(
@@ -279,7 +280,13 @@ def test_an_export_passes_the_remark_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "config", [LLAMA_3_1_8B, QWEN2_5_HALF_B, {**MISTRAL_7B, "sliding_window": None}, GEMMA_2B]
+    "config",
+    [
+        LLAMA_3_1_8B,
+        QWEN2_5_HALF_B,
+        {**MISTRAL_7B, "sliding_window": None},
+        {**GEMMA_2B, "hidden_activation": "gelu"},
+    ],
 )
 def test_most_models_need_no_remark(config: dict[str, Any]) -> None:
     assert find_family(config).remarks(config) == ()
