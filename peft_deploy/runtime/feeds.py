@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
+
 from peft_deploy.errors import ExecutionError, listed
 from peft_deploy.runtime.runner import Array
 from peft_deploy.signature import (
+    ADAPTER_IDS,
     ATTENTION_MASK,
     INPUT_IDS,
     LOGITS,
@@ -99,6 +102,37 @@ def check_indices(
             raise ExecutionError(
                 f"input {name} holds the value {highest}; the last that the model has is {limit - 1}"
             )
+
+
+def check_adapter_ids(ids: Array, batch: int, entries: int) -> None:
+    """Passes when every row of a batch names an entry of the bank.
+
+    A graph counts negative ids from the bank's end, without a word.
+
+    Args:
+        ids: int64 [B]; 0 for a row without an adapter.
+        batch: B of the other inputs.
+        entries: of the bank, that of no adapter included.
+
+    Raises:
+        ExecutionError: another type or number of ids, or one outside the bank.
+    """
+    if ids.dtype != np.int64 or ids.ndim != 1:
+        raise ExecutionError(
+            f"input {ADAPTER_IDS} is {ids.dtype.name} {list(ids.shape)}; it must be int64 [batch]"
+        )
+    if len(ids) != batch:
+        raise ExecutionError(
+            f"adapters were named for {len(ids)} rows, and the batch has {batch}",
+            hint="name one a row, None for a row without an adapter",
+        )
+    outside = ids[(ids < 0) | (ids >= entries)]
+    if outside.size:
+        raise ExecutionError(
+            f"input {ADAPTER_IDS} holds the value {int(outside[0])}; the bank has the ids 0 (no adapter) to "
+            f"{entries - 1}",
+            hint="a session knows its adapters by name: adapters=[…]",
+        )
 
 
 def _vocabulary(signature: GraphSignature) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -229,6 +229,7 @@ class LoadedBundle:
         seed: int | None = None,
         padding: Side = "left",
         adapter: str | Path | None = None,
+        adapters: Sequence[str | Path | None] | None = None,
         scale: float = 1.0,
         prefix: AnyPrefix | None = None,
     ) -> TextRun:
@@ -246,6 +247,7 @@ class LoadedBundle:
             padding: the side on which shorter prompts are filled up.
             adapter: a name from the bundle's manifest, an ``.onnx_adapter`` file, or the name of one
                 that :attr:`session` has loaded; it is loaded when it is first used.
+            adapters: with a bank, such a name for each prompt, None for one without.
             scale: multiplies what the adapter adds.
             prefix: what every prompt begins after: the name of one of the bundle's prefixes, a file, or cache
                 input → [1, K, P, D].
@@ -265,7 +267,7 @@ class LoadedBundle:
         if system is not None and not chat:
             raise ConfigError("a system message needs the chat template", hint="add chat (--chat)")
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        runner = self._runner_with(adapter, scale)
+        runner = self._runner_with(adapter, scale, adapters)
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
         options = GenerationOptions(
             max_new_tokens=max_new_tokens,
@@ -284,15 +286,30 @@ class LoadedBundle:
             return self.context_length
         return self.context_length - self.session.prefix_in_slots(str(adapter), prefix)
 
-    def _runner_with(self, adapter: str | Path | None, scale: float) -> OnnxRunner | PaddleRunner:
+    def _runner_with(
+        self,
+        adapter: str | Path | None,
+        scale: float,
+        adapters: Sequence[str | Path | None] | None = None,
+    ) -> OnnxRunner | PaddleRunner:
+        if adapters is not None:
+            names = [None if one is None else str(one) for one in adapters]
+            self._load({str(one): one for one in adapters if one is not None})
+            own = None if adapter is None else str(adapter)
+            return self.session.runner(own, adapters=names, scale=scale)
         if adapter is None:
             if scale != 1:
                 raise ConfigError(f"the scale {scale:g} is that of an adapter, and none was named")
             return self.runner
-        with self._lock:
-            if str(adapter) not in self.session.adapters:
-                self.session.load_adapter(adapter, str(adapter))
+        self._load({str(adapter): adapter})
         return self.session.runner(str(adapter), scale=scale)
+
+    def _load(self, adapters: Mapping[str, str | Path]) -> None:
+        """Loads those that the session does not have yet."""
+        with self._lock:
+            for name, adapter in adapters.items():
+                if name not in self.session.adapters:
+                    self.session.load_adapter(adapter, name)
 
 
 def load_bundle(

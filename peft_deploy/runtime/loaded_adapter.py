@@ -18,7 +18,7 @@ from peft_deploy.bundle.slots import Slot, check_slots
 from peft_deploy.errors import AdapterError, ConfigError
 from peft_deploy.runtime._ort_values import to_ort
 from peft_deploy.runtime.runner import Array
-from peft_deploy.signature import LORA_B, PREFIX_KEY_TEMPLATE
+from peft_deploy.signature import BANK_B, LORA_B, PREFIX_KEY_TEMPLATE
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -42,11 +42,12 @@ class LoadedAdapter:
         self.name = name
         self.path = path
         self.slots = frozenset(tensors)
+        self.tensors = dict(tensors)
         self.rank = max((a.shape[0] for n, a in tensors.items() if n.endswith(LORA_B)), default=0)
         keys = (a for n, a in tensors.items() if n == PREFIX_KEY_TEMPLATE % 0)
         self.prefix_tokens = next((int(array.shape[2]) for array in keys), 0)
         self._device = device
-        self._B = {name: array for name, array in tensors.items() if name.endswith(LORA_B)}
+        self._B = {n: array for n, array in tensors.items() if n.endswith((LORA_B, BANK_B))}
         self._values = {name: to_ort(array, device) for name, array in tensors.items()}
         self._scaled: OrderedDict[float, dict[str, ort.OrtValue]] = OrderedDict()
         self._lock = threading.Lock()

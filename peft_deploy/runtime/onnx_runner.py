@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from peft_deploy.bundle.manifest import MANIFEST, MODEL, Manifest
 from peft_deploy.bundle.slots import Slot
 from peft_deploy.environment import debugging, require_onnxruntime
@@ -14,9 +16,17 @@ from peft_deploy.errors import BundleError, ConfigError, ExecutionError, listed
 from peft_deploy.runtime._ort_values import numpy_name, to_numpy, to_ort
 from peft_deploy.runtime.caching import Cache
 from peft_deploy.runtime.external_data import check_external_data
-from peft_deploy.runtime.feeds import check_feeds, check_indices
+from peft_deploy.runtime.feeds import check_adapter_ids, check_feeds, check_indices
 from peft_deploy.runtime.runner import Array
-from peft_deploy.signature import LOGITS, GraphSignature, TensorSpec, present_names
+from peft_deploy.signature import (
+    ADAPTER_IDS,
+    BANK_A,
+    INPUT_IDS,
+    LOGITS,
+    GraphSignature,
+    TensorSpec,
+    present_names,
+)
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -68,9 +78,13 @@ class OnnxRunner:
         self.provider = provider
         self._session = _open(path, provider, threads)
         declared = _declared_signature(self._session)
+        self._has_bank = ADAPTER_IDS in declared.input_names
         if signature is not None:
-            _check_signature(path, signature, declared)
-        self._signature = signature or declared
+            promised = signature.with_adapter_ids() if self._has_bank else signature
+            _check_signature(path, promised, declared)
+        self._signature = (signature or declared).without_adapter_ids()
+        self._adapter_ids: int | Sequence[int] = 0
+        self._bank_entries = 1  # the default's
         self._past = [spec.name for spec in self._signature.past]
         self._present = present_names(self._signature.num_layers)
         self._slot_values: Mapping[str, ort.OrtValue] = {}
@@ -83,20 +97,31 @@ class OnnxRunner:
         specs = [_declared(node, "slot") for node in nodes]
         return {spec.name: Slot(spec.name, spec.dtype, spec.dims) for spec in specs}
 
-    def with_slots(self, values: Mapping[str, ort.OrtValue]) -> OnnxRunner:
+    @property
+    def has_bank(self) -> bool:
+        """Whether each row of a batch can use an adapter of its own."""
+        return self._has_bank
+
+    def with_slots(
+        self, values: Mapping[str, ort.OrtValue], adapter_ids: int | Sequence[int] = 0
+    ) -> OnnxRunner:
         """The same graph with some of its slots filled; it shares everything with this runner.
 
         Args:
             values: slot → its value on the runner's device; the runner keeps them alive.
+            adapter_ids: for a bank, the entry that all rows use, or one a row; 0 is no adapter.
         """
         filled = copy.copy(self)
         filled._slot_values = dict(values)
+        filled._adapter_ids = adapter_ids
+        entries = [value.shape()[0] for name, value in values.items() if name.endswith(BANK_A)]
+        filled._bank_entries = min(entries, default=1)
         filled._bindings = []
         return filled
 
     @property
     def signature(self) -> GraphSignature:
-        """Inputs and outputs of the graph."""
+        """Inputs and outputs of the graph; a bank's ``adapter_ids`` may be fed, too, and are left out here."""
         return self._signature
 
     def run(
@@ -115,8 +140,9 @@ class OnnxRunner:
                 f"the graph has no such outputs:\n{listed(unknown)}\nits outputs "
                 f"are:\n{listed(known)}"
             )
-        check_feeds(self._signature, feeds, self._positions)
-        values = {name: to_ort(array, "cpu") for name, array in feeds.items()}
+        own = {name: array for name, array in feeds.items() if name != ADAPTER_IDS}
+        check_feeds(self._signature, own if self._has_bank else feeds, self._positions)
+        values = self._inputs(feeds)
         results = self._run(values, dict.fromkeys(names, "cpu"))
         return {name: to_numpy(value) for name, value in results.items()}
 
@@ -138,13 +164,25 @@ class OnnxRunner:
                 failed.
         """
         check_indices(self._signature, feeds, self._positions)
-        values = {name: to_ort(array, "cpu") for name, array in feeds.items()}
+        values = self._inputs(feeds)
         values.update(zip(self._past, cache.values, strict=True))
         places = {LOGITS: "cpu", **dict.fromkeys(self._present, self.provider)}
         results = self._run(values, places)
         logits = to_numpy(results.pop(LOGITS))
         present = tuple(results[name] for name in self._present)
         return logits, Cache(present, present[0].shape()[2])
+
+    def _inputs(self, feeds: Mapping[str, Array]) -> dict[str, ort.OrtValue]:
+        """The feeds, and for a bank the ids of the rows' adapters."""
+        values = {name: to_ort(array, "cpu") for name, array in feeds.items()}
+        if self._has_bank:
+            batch, ids = len(feeds[INPUT_IDS]), feeds.get(ADAPTER_IDS)
+            if ids is None:
+                ids = np.array(self._adapter_ids, np.int64)
+                ids = np.tile(ids, batch) if ids.ndim == 0 else ids
+            check_adapter_ids(ids, batch, self._bank_entries)
+            values[ADAPTER_IDS] = to_ort(ids, "cpu")
+        return values
 
     def _run(
         self, values: Mapping[str, ort.OrtValue], places: Mapping[str, str]

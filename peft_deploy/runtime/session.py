@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from peft_deploy.bundle.adapter_bank import adapter_slots, bank_capacity
 from peft_deploy.bundle.adapter_files import ADAPTER_SUFFIX, adapter_path
 from peft_deploy.bundle.manifest import Manifest
 from peft_deploy.bundle.prefixes import Prefix
 from peft_deploy.bundle.slots import Slot
-from peft_deploy.errors import AdapterError, BundleError, ExecutionError
+from peft_deploy.errors import AdapterError, BundleError, ConfigError, ExecutionError
+from peft_deploy.runtime.adapter_bank import AdapterBank, check_capacity
 from peft_deploy.runtime.caching import initial_cache
 from peft_deploy.runtime.generation import Generation, GenerationOptions, generate
 from peft_deploy.runtime.loaded_adapter import LoadedAdapter, read_for_slots
@@ -22,6 +24,7 @@ from peft_deploy.runtime.runner import Array
 from peft_deploy.signature import INPUT_IDS, GraphSignature
 
 Adapters = str | Sequence[str] | None
+RowAdapters = Sequence[str | None] | None
 
 
 class Session:
@@ -30,6 +33,8 @@ class Session:
     Any number of threads may use it. A request holds on to the adapters that it began with: one that is unloaded
     meanwhile is freed when the last request that uses it has ended. Without an adapter a request gets the base
     model, exactly, whatever was used before.
+
+    Of a bundle with a bank of adapters (``export --adapter-bank``), the rows of one batch can use different ones.
 
     Args:
         bundle: the bundle's folder.
@@ -59,10 +64,12 @@ class Session:
         self.folder = Path(bundle)
         self.manifest = Manifest.read(self.folder)
         self._base = runner or _open(self.folder, self.manifest, provider, threads)
-        self._slots = self._base.slots
+        self._slots = adapter_slots(self._base.slots)
         self._prefixes = PrefixShelf(self.folder, self.manifest)
-        self._loaded: dict[str, LoadedAdapter] = {}
+        self._loaded: Mapping[str, LoadedAdapter] = {}
+        self._bank = self._stack({})
         self._lock = threading.Lock()
+        self._changes = threading.Lock()  # one adapter comes or goes at a time, beside requests
 
     @property
     def signature(self) -> GraphSignature:
@@ -71,7 +78,7 @@ class Session:
 
     @property
     def slots(self) -> Mapping[str, Slot]:
-        """The graph's slots by name."""
+        """The graph's slots by name, as the file of one adapter fills them."""
         return self._slots
 
     @property
@@ -97,7 +104,7 @@ class Session:
 
         Raises:
             AdapterError: there is no such adapter, the name is taken, the file is damaged, for another base model,
-                or does not fit the graph's slots. The session keeps what it had.
+                or does not fit the graph's slots, or the bank is full. The session keeps what it had.
         """
         path = self._find(adapter)
         name = name or path.name.removesuffix(ADAPTER_SUFFIX)
@@ -109,13 +116,14 @@ class Session:
             self._slots,
             self.folder,
             fingerprint,
-            self._base.provider,
+            "cpu" if self._base.has_bank else self._base.provider,
             self.manifest.context_length,
         )
-        with self._lock:
+        with self._changes:
             if name in self._loaded:  # another thread was faster
                 raise _taken(name)
-            self._loaded[name] = read
+            check_capacity(list(self._loaded), bank_capacity(self.manifest.graph), name)
+            self._set({**self._loaded, name: read})
         return name
 
     def unload_adapter(self, name: str) -> None:
@@ -124,32 +132,70 @@ class Session:
         Raises:
             AdapterError: it is not loaded.
         """
-        with self._lock:
-            if self._loaded.pop(name, None) is None:
+        with self._changes:
+            if name not in self._loaded:
                 raise self._unknown(name)
+            self._set({n: a for n, a in self._loaded.items() if n != name})
 
-    def runner(self, adapter: Adapters = None, *, scale: float = 1.0) -> OnnxRunner:
+    def _set(self, loaded: Mapping[str, LoadedAdapter]) -> None:
+        """What is loaded from now on; called with the lock of changes held."""
+        bank = self._stack(loaded)
+        with self._lock:
+            self._loaded, self._bank = loaded, bank
+
+    def _stack(self, loaded: Mapping[str, LoadedAdapter]) -> AdapterBank | None:
+        return AdapterBank(self._base, list(loaded.values())) if self._base.has_bank else None
+
+    def runner(
+        self, adapter: Adapters = None, *, adapters: RowAdapters = None, scale: float = 1.0
+    ) -> OnnxRunner:
         """The graph with these adapters active; keeps them as long as it lives.
 
         Args:
             adapter: the name of one that is loaded, or several that fill different slots; None for the base model.
+            adapters: with a bank, one a row of the batches that the runner is to take, None for a row without.
             scale: multiplies what LoRA adds.
 
         Raises:
-            AdapterError: one is not loaded, or two fill the same slots.
-            ConfigError: the scale is not a finite number.
+            AdapterError: one is not loaded, two fill the same slots, or rows were given theirs without a bank.
+            ConfigError: the scale is not a finite number, or both ``adapter`` and ``adapters`` were given.
         """
+        if adapters is not None:
+            return self._bank_of(adapter).runner(list(adapters), scale)
         names = [] if adapter is None else [adapter] if isinstance(adapter, str) else list(adapter)
         if not names:
             return self._base
+        if self._base.has_bank and len(names) == 1:
+            return self._bank_of(None).runner(names[0], scale)
         with self._lock:
             missing = [name for name in names if name not in self._loaded]
             if missing:
                 raise self._unknown(missing[0])
             active = [self._loaded[name] for name in names]
+        if self._base.has_bank:
+            raise AdapterError(
+                f"{', '.join(names)} cannot be active together: a row of a batch uses one adapter of the bank",
+                hint="name one, or one a row: adapters=[…]",
+            )
         _check_disjoint(active)
         values = {slot: value for a in active for slot, value in a.values(scale).items()}
         return self._base.with_slots(values)
+
+    def _bank_of(self, adapter: Adapters) -> AdapterBank:
+        """The bank for rows that name their own adapters."""
+        if adapter is not None:
+            raise ConfigError(
+                "adapter= is for all rows and adapters= for each one, and both were given",
+                hint="leave one of the two out",
+            )
+        with self._lock:
+            bank = self._bank
+        if bank is None:
+            raise AdapterError(
+                f"{self.folder} has no bank of adapters, so that all rows of a batch use the same one",
+                hint="export it with --adapter-bank N, or use adapter=",
+            )
+        return bank
 
     def run(
         self,
@@ -157,6 +203,7 @@ class Session:
         outputs: Sequence[str] | None = None,
         *,
         adapter: Adapters = None,
+        adapters: RowAdapters = None,
         prefix: AnyPrefix | None = None,
         scale: float = 1.0,
     ) -> dict[str, Array]:
@@ -166,6 +213,7 @@ class Session:
             feeds: the graph's inputs; the cache may be left out, and is then empty or the prefix.
             outputs: names of outputs.
             adapter: as for :meth:`runner`.
+            adapters: likewise, one a row.
             prefix: the name of one of the bundle's, a file, or cache input → [1, K, P, D]; the mask in ``feeds``
                 has to count it, and the positions where the prefix moves them.
             scale: as for :meth:`runner`.
@@ -183,7 +231,7 @@ class Session:
         elif prefix is not None:
             raise ExecutionError("a prefix stands in place of the cache, and both were given")
         self.prefix_in_slots(adapter, prefix)
-        return self.runner(adapter, scale=scale).run(feeds, outputs)
+        return self.runner(adapter, adapters=adapters, scale=scale).run(feeds, outputs)
 
     def generate(
         self,
@@ -191,6 +239,7 @@ class Session:
         options: GenerationOptions,
         *,
         adapter: Adapters = None,
+        adapters: RowAdapters = None,
         prefix: AnyPrefix | None = None,
         scale: float = 1.0,
     ) -> list[Generation]:
@@ -200,6 +249,7 @@ class Session:
             prompts: token ids of each row.
             options: how.
             adapter: as for :meth:`runner`.
+            adapters: likewise, one a prompt.
             prefix: what every row begins after: the name of one of the bundle's, a file, or cache input →
                 [1, K, P, D].
             scale: as for :meth:`runner`.
@@ -211,7 +261,7 @@ class Session:
         in_slots = self.prefix_in_slots(adapter, prefix)
         if options.context_length is not None and in_slots:
             options = replace(options, context_length=options.context_length - in_slots)
-        runner = self.runner(adapter, scale=scale)
+        runner = self.runner(adapter, adapters=adapters, scale=scale)
         return generate(runner, prompts, options, self._prefixes.find(prefix))
 
     def prefix_in_slots(self, adapter: Adapters, prefix: AnyPrefix | None = None) -> int:
