@@ -21,7 +21,12 @@ END_LOGITS = "end_logits"
 LAST_HIDDEN_STATE = "last_hidden_state"
 SENTENCE_EMBEDDING = "sentence_embedding"
 
+# What an encoder reads, as a model of encoder and decoder calls it beside its decoder's own inputs.
+ENCODER_INPUT_IDS = "encoder_input_ids"
+ENCODER_ATTENTION_MASK = "encoder_attention_mask"
+
 BATCH = "batch"
+SOURCE = "source"  # tokens that an encoder reads before a decoder writes
 SEQUENCE = "sequence"  # new tokens of this call
 PAST = "past"  # tokens in the cache, a prefix included
 TOTAL = "past+sequence"  # what the attention mask covers
@@ -31,6 +36,10 @@ PAST_KEY_TEMPLATE = "past_key_values.%d.key"
 PAST_VALUE_TEMPLATE = "past_key_values.%d.value"
 PRESENT_KEY_TEMPLATE = "present.%d.key"
 PRESENT_VALUE_TEMPLATE = "present.%d.value"
+
+# What a decoder attends to of an encoder's text: outputs of the one graph and inputs of the other.
+CROSS_KEY_TEMPLATE = "encoder.%d.key"
+CROSS_VALUE_TEMPLATE = "encoder.%d.value"
 
 # Inputs with an empty default, of graphs that take a prefix from an adapter file.
 PREFIX_KEY_TEMPLATE = "prefix.%d.key"
@@ -55,6 +64,11 @@ def present_names(num_layers: int) -> list[str]:
     return [
         t % i for i in range(num_layers) for t in (PRESENT_KEY_TEMPLATE, PRESENT_VALUE_TEMPLATE)
     ]
+
+
+def cross_names(num_layers: int) -> list[str]:
+    """Keys and values of an encoder's text in graph order, matching :func:`past_names`."""
+    return [t % i for i in range(num_layers) for t in (CROSS_KEY_TEMPLATE, CROSS_VALUE_TEMPLATE)]
 
 
 def prefix_names(num_layers: int) -> list[str]:
@@ -107,6 +121,12 @@ class GraphSignature:
     def past(self) -> tuple[TensorSpec, ...]:
         """The cache inputs, key and value per layer; empty for a model without a cache."""
         names = set(past_names(len(self.inputs)))
+        return tuple(spec for spec in self.inputs if spec.name in names)
+
+    @property
+    def cross(self) -> tuple[TensorSpec, ...]:
+        """The inputs that another graph's outputs go into, key and value per layer; empty without an encoder."""
+        names = set(cross_names(len(self.inputs)))
         return tuple(spec for spec in self.inputs if spec.name in names)
 
     @property
@@ -191,3 +211,61 @@ def encoder_signature(
         inputs=tuple(TensorSpec(name, "int64", (BATCH, SEQUENCE)) for name in names),
         outputs=tuple(TensorSpec(name, dtype, dims) for name, dims in outputs.items()),
     )
+
+
+def cross_attention_signatures(
+    *, num_layers: int, num_heads: int, head_dim: int, vocab_size: int, dtype: str = "float32"
+) -> tuple[GraphSignature, GraphSignature]:
+    """The signatures of an encoder and of the decoder that attends to its text (Vaswani et al. 2017).
+
+    The encoder reads ``input_ids`` and ``attention_mask`` [batch, source] once, and gives keys and values
+    [batch, heads, source, head_dim] for every layer of the decoder. The decoder takes these, the source's mask as
+    ``encoder_attention_mask``, and otherwise what a decoder alone takes.
+
+    Args:
+        num_layers: of the decoder.
+        num_heads: of every layer's attention.
+        head_dim: likewise.
+        vocab_size: of the decoder.
+        dtype: of keys, values and logits.
+    """
+    alone = causal_lm_signature(
+        num_layers=num_layers,
+        num_kv_heads=num_heads,
+        head_dim=head_dim,
+        vocab_size=vocab_size,
+        dtype=dtype,
+        positions=False,
+    )
+    dims = (BATCH, num_heads, SOURCE, head_dim)
+    cross = tuple(TensorSpec(name, dtype, dims) for name in cross_names(num_layers))
+    source = (BATCH, SOURCE)
+    read = (TensorSpec(INPUT_IDS, "int64", source), TensorSpec(ATTENTION_MASK, "int64", source))
+    own = len(alone.inputs) - len(alone.past)
+    mask = TensorSpec(ENCODER_ATTENTION_MASK, "int64", source)
+    inputs = (*alone.inputs[:own], mask, *cross, *alone.past)
+    return GraphSignature(read, cross), GraphSignature(inputs, alone.outputs)
+
+
+def joint_signature(encoder: GraphSignature, decoder: GraphSignature) -> GraphSignature:
+    """Encoder and decoder seen as one: what the encoder gives is no input, and what it reads is one.
+
+    Inputs ``encoder_input_ids`` and ``encoder_attention_mask`` [batch, source], and then the decoder's others.
+    """
+    source = next(spec.dims for spec in encoder.inputs if spec.name == INPUT_IDS)
+    given = {*encoder.output_names, ENCODER_ATTENTION_MASK}
+    names = (ENCODER_INPUT_IDS, ENCODER_ATTENTION_MASK)
+    return GraphSignature(
+        inputs=(
+            *(TensorSpec(name, "int64", source) for name in names),
+            *(spec for spec in decoder.inputs if spec.name not in given),
+        ),
+        outputs=decoder.outputs,
+    )
+
+
+def decoder_alone(decoder: GraphSignature) -> GraphSignature:
+    """A decoder without the inputs that stay the same for as long as its source does."""
+    fixed = {ENCODER_ATTENTION_MASK, *(spec.name for spec in decoder.cross)}
+    kept = tuple(spec for spec in decoder.inputs if spec.name not in fixed)
+    return GraphSignature(kept, decoder.outputs)

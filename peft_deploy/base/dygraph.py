@@ -83,7 +83,10 @@ def _construct(family: Family, config: Mapping[str, Any]) -> nn.Layer:
     model_class = getattr(paddlenlp.transformers, name)
     given = {"use_cache": True, **family.paddle_arguments(config)}
     arguments = config_class(**given)
-    for key, value in given.items():  # LlamaConfig's base class sets fuse_attention_qkv back to False
+    for (
+        key,
+        value,
+    ) in given.items():  # LlamaConfig's base class sets fuse_attention_qkv back to False
         if getattr(arguments, key, None) != value:
             setattr(arguments, key, value)
     arguments.architectures = [name]
@@ -95,9 +98,11 @@ def _construct(family: Family, config: Mapping[str, Any]) -> nn.Layer:
 
 def _tie(model: nn.Layer, tied: Mapping[str, str]) -> None:
     """Lets parameters share their storage where the configuration says so and PaddleNLP's class does not."""
-    owners = dict(model.named_sublayers(include_self=True))
+    owners = dict(model.named_sublayers(include_self=True, remove_duplicate=False))
     for name, target in tied.items():
         module, _, own = name.rpartition(".")
+        if module not in owners:  # a class may do without a layer that Hugging Face's model has
+            continue
         other, _, attribute = target.rpartition(".")
         setattr(owners[module], own, getattr(owners[other], attribute))
 

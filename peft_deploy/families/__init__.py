@@ -18,7 +18,9 @@ from peft_deploy.families import qwen as qwen
 from peft_deploy.families import qwen2 as qwen2
 from peft_deploy.families import roberta as roberta
 from peft_deploy.families import rw as rw
+from peft_deploy.families import t5 as t5
 from peft_deploy.families.encoder import EncoderFamily
+from peft_deploy.families.encoder_decoder import EncoderDecoderFamily
 from peft_deploy.families.family import DecoderFamily, Family, ModelDims
 from peft_deploy.families.names import MappedName, NameMap, NameRule
 from peft_deploy.families.parallel import ParallelRule, parallel_axes
@@ -36,6 +38,7 @@ from peft_deploy.families.registry import find_family, known_architectures, regi
 
 __all__ = [
     "DecoderFamily",
+    "EncoderDecoderFamily",
     "EncoderFamily",
     "Family",
     "MappedName",

@@ -106,6 +106,10 @@ class Family(ABC):
     def dims(self, config: Mapping[str, Any]) -> ModelDims:
         """The sizes, from config.json."""
 
+    def context_length(self, config: Mapping[str, Any]) -> int | None:
+        """The most tokens that the model can see, new ones included; None where there is no such limit."""
+        return self.dims(config).max_positions
+
     @abstractmethod
     def huggingface_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """A config.json that Hugging Face's ``AutoConfig`` reads, for the bundle."""
@@ -115,8 +119,8 @@ class Family(ABC):
         """The model with the same parameters, written so that it traces cleanly.
 
         Returns:
-            A layer whose ``forward`` takes the signature's inputs in order, the cache as one flat list at the end
-            when there is one, and returns the signature's outputs as one flat list; its attribute ``scopes`` is a
+            A layer whose ``forward`` takes the signature's inputs in order, an encoder's keys and values and the cache
+            as one flat list each at the end when there are any, and returns the signature's outputs as one flat list; its attribute ``scopes`` is a
             :class:`~peft_deploy.families.standins.ScopeTrace` of that forward.
         """
 
@@ -138,6 +142,10 @@ class Family(ABC):
     @abstractmethod
     def signature(self, config: Mapping[str, Any], dtype: str = "float32") -> GraphSignature:
         """Inputs and outputs of the exported graph."""
+
+    def whole_signature(self, config: Mapping[str, Any], dtype: str = "float32") -> GraphSignature:
+        """Inputs and outputs of the whole model, of which the exported graph may be a part."""
+        return self.signature(config, dtype)
 
 
 class DecoderFamily(Family):

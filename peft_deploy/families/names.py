@@ -110,9 +110,13 @@ class NameMap:
 
     def parameters(self, num_layers: int) -> set[str]:
         """PaddleNLP's names of all parameters of a model with so many layers."""
-        return {
-            rule.paddle.replace("{i}", str(i)) for rule in self.rules for i in range(num_layers)
-        }
+        return {name for rule in self.rules for name in self.indexed(rule.paddle, num_layers)}
+
+    def indexed(self, template: str, num_layers: int) -> list[str]:
+        """A name of either side for each layer of a model with so many; the name alone where it has no index."""
+        if "{i}" not in template:
+            return [template]
+        return [template.replace("{i}", str(i)) for i in range(num_layers)]
 
     def module_to_huggingface(self, paddle: str) -> str:
         """Hugging Face's path of a module, for names of nodes; the same path when no parameter lies under it."""

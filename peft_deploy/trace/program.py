@@ -99,23 +99,29 @@ class TracedProgram:
         ]
 
 
-def trace_model(model: nn.Layer, family: Family, signature: GraphSignature) -> TracedProgram:
+def trace_model(
+    model: nn.Layer,
+    family: Family,
+    signature: GraphSignature,
+    *,
+    stand_in: nn.Layer | None = None,
+) -> TracedProgram:
     """Traces a model through its family's stand-in.
 
     Args:
         model: PaddleNLP's model, normally a skeleton; its parameters' data is never looked at.
         family: provides the stand-in.
         signature: inputs and outputs.
+        stand_in: of a part of the model, in place of the family's usual one.
 
     Raises:
         TraceError: Paddle could not trace it.
     """
-    stand_in = family.stand_in(model)
+    stand_in = stand_in or family.stand_in(model)
     stand_in.eval()
-    own = len(signature.inputs) - len(signature.past)
-    arguments: list[Any] = list(signature.inputs[:own])
-    if signature.past:
-        arguments.append(list(signature.past))
+    lists = [list(specs) for specs in (signature.cross, signature.past) if specs]
+    own = len(signature.inputs) - sum(map(len, lists))
+    arguments: list[Any] = [*signature.inputs[:own], *lists]
     program, fetches = static_program(stand_in, arguments, stand_in.scopes)
     _check_count("outputs", len(fetches), len(signature.outputs))
     names = {p.name: name for name, p in unique_parameters(model).items()}

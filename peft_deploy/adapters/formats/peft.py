@@ -107,7 +107,7 @@ def _check_complete(peft: PeftLora, names: NameMap, num_layers: int | None) -> N
     indices = [int(part) for module in known for part in module.split(".") if part.isdigit()]
     layers = num_layers or max(indices, default=-1) + 1
     templates = names.linear_layers()
-    modules = {t.replace("{i}", str(i)) for t in templates for i in range(max(layers, 1))}
+    modules = {m for t in templates for m in names.indexed(t, max(layers, 1))}
     missing = [m for m in modules - known if peft.config.is_target(m)]
     if missing:
         raise AdapterError(

@@ -206,7 +206,7 @@ def _targets(pairs: Mapping[str, LoraPair], names: NameMap, num_layers: int | No
     short = {name.rpartition(".")[2] for name in pairs}
     if num_layers is not None:
         templates = [rule.huggingface.removesuffix(".weight") for rule in names.rules]
-        modules = {t.replace("{i}", str(i)) for t in templates for i in range(num_layers)}
+        modules = {m for t in templates for m in names.indexed(t, num_layers)}
         if {m for m in modules if m.rpartition(".")[2] in short} == set(pairs):
             return sorted(short)
     return sorted(pairs)
