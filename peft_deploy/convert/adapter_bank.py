@@ -30,6 +30,7 @@ from peft_deploy.signature import ADAPTER_IDS, ADAPTERS, BANK_A, BANK_B, BATCH
 from peft_deploy.weights.source import DTYPES
 
 _ROW_AXIS = "bank.row_axis"  # the name of the constant [1]
+_SAMPLE_BATCH = 7919  # a prime that is no other size of a model
 
 
 class AddAdapterBankPass(ir.passes.InPlacePass):
@@ -129,8 +130,9 @@ def _input_ranks(model: ir.Model, linears: Mapping[str, Linear]) -> dict[str, in
     for module, linear in linears.items():
         value = linear.node.inputs[0]
         dims = found.get("" if value is None else value.name or "")
-        if dims is None or len(dims) not in (2, 3) or dims[0] != BATCH:
-            wrong.append(f"{module}: {'unknown' if dims is None else list(dims)}")
+        if dims is None or len(dims) not in (2, 3) or dims[0] != _SAMPLE_BATCH:
+            shape = "of unknown shape" if dims is None else [_in_words(dim) for dim in dims]
+            wrong.append(f"{module}: {shape}")
         else:
             ranks[module] = len(dims)
     if wrong:
@@ -142,11 +144,24 @@ def _input_ranks(model: ir.Model, linears: Mapping[str, Linear]) -> dict[str, in
     return ranks
 
 
+def _in_words(dim: int | str) -> int | str:
+    return BATCH if dim == _SAMPLE_BATCH else dim
+
+
 def _inferred_dims(model: ir.Model) -> dict[str, tuple[int | str, ...]]:
-    """Dimensions of the graph's values as ONNX's own inference has them; the batch keeps its name."""
-    graph = onnx.shape_inference.infer_shapes(ir.to_proto(model)).graph
+    """Dimensions of the graph's values as ONNX's own inference has them, for a sample batch.
+
+    With a number it follows the batch further than with a name: past a broadcast against an unknown size.
+    """
+    proto = ir.to_proto(model)
+    del proto.graph.value_info[:]
+    for value in proto.graph.input:
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param == BATCH:
+                dim.dim_value = _SAMPLE_BATCH
+    graph = onnx.shape_inference.infer_shapes(proto).graph
     return {
         value.name: tuple(d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim)
-        for value in (*graph.input, *graph.value_info, *graph.output)
+        for value in (*graph.input, *graph.value_info)
         if value.type.tensor_type.HasField("shape")
     }
