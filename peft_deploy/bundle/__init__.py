@@ -6,17 +6,20 @@ not at all. Imports only the packages above it; needs neither Paddle nor a runti
 
 from peft_deploy.bundle.folder import BundleFolder
 from peft_deploy.bundle.manifest import (
+    ENCODER,
     FORMAT_VERSION,
     MANIFEST,
     MODEL,
     MODEL_DATA,
     PARAMS,
     PROGRAM,
+    EncoderGraph,
     Manifest,
 )
 from peft_deploy.bundle.runtimes import genai_config, special_token_ids
 
 __all__ = [
+    "ENCODER",
     "FORMAT_VERSION",
     "MANIFEST",
     "MODEL",
@@ -24,6 +27,7 @@ __all__ = [
     "PARAMS",
     "PROGRAM",
     "BundleFolder",
+    "EncoderGraph",
     "Manifest",
     "genai_config",
     "special_token_ids",

@@ -17,6 +17,31 @@ MODEL = "model.onnx"
 MODEL_DATA = "model.onnx.data"
 PROGRAM = "model.json"  # Paddle's static format
 PARAMS = "model.pdiparams"
+ENCODER = "encoder"  # the folder of an encoder's graph and weights, which go by the same names
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderGraph:
+    """A second graph, which reads a source text once; its outputs are inputs of the bundle's own graph.
+
+    Args:
+        signature: its inputs and outputs.
+        start_token_id: the token that the decoder begins with.
+        graph: facts about it, as in :class:`Manifest`.
+    """
+
+    signature: GraphSignature
+    start_token_id: int
+    graph: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready form of the entry."""
+        return {**asdict(self), "signature": self.signature.to_dict()}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> EncoderGraph:
+        """The inverse of :meth:`to_dict`."""
+        return cls(**{**data, "signature": GraphSignature.from_dict(data["signature"])})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +67,8 @@ class Manifest:
             some, their names, rank and type, ``prefix_slots``.
         layer: for a model that no family knows, what its user said of it
             (:class:`~peft_deploy.config.layer_signature.LayerSignature`).
+        encoder: the graph in ``encoder/`` that is run before this one, for a model that reads one text and writes
+            another; None for a model of one graph.
         parity: the result of the parity check, or None when the bundle was not validated.
     """
 
@@ -60,12 +87,14 @@ class Manifest:
     files: dict[str, str] = field(default_factory=dict)
     graph: dict[str, Any] = field(default_factory=dict)
     layer: dict[str, Any] | None = None
+    encoder: EncoderGraph | None = None
     parity: dict[str, Any] | None = None
 
     def to_json(self) -> str:
         """The text of the file."""
         data = asdict(self)
         data["signature"] = self.signature.to_dict()
+        data["encoder"] = self.encoder and self.encoder.to_dict()
         return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
@@ -93,6 +122,8 @@ class Manifest:
                     hint="update peft-deploy",
                 )
             data["signature"] = GraphSignature.from_dict(data["signature"])
+            if data.get("encoder") is not None:
+                data["encoder"] = EncoderGraph.from_dict(data["encoder"])
             unknown = set(data) - {f.name for f in fields(cls)}
             if unknown:
                 raise BundleError(f"{path} has unknown entries: {', '.join(sorted(unknown))}")

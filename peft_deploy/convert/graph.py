@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from peft_deploy.convert.worker import CONSTANTS_FILE, GRAPH_FILE, NAMES_FILE
+from peft_deploy.convert.worker import CONSTANTS_FILE, ENCODER_FOLDER, GRAPH_FILE, NAMES_FILE
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class ConvertedGraph:
         operations: PIR operator name → its uses in program order, each with ``module`` (path) and ``shapes``
             (of its results; -1 for a dimension that changes from call to call, None for no tensor).
         versions: package → version in the converter's process.
+        encoder: the graph of the encoder, for a model of two graphs.
     """
 
     model: ir.Model
@@ -34,6 +35,12 @@ class ConvertedGraph:
     constants: dict[str, npt.NDArray[np.generic]]
     operations: dict[str, list[dict[str, Any]]]
     versions: dict[str, str]
+    encoder: ConvertedGraph | None = None
+
+    @property
+    def graphs(self) -> list[ConvertedGraph]:
+        """Itself, and the encoder's where there is one."""
+        return [self] if self.encoder is None else [self, self.encoder]
 
     @classmethod
     def read(cls, folder: Path) -> ConvertedGraph:
@@ -48,6 +55,7 @@ class ConvertedGraph:
             constants=constants,
             operations=names["operations"],
             versions=names["versions"],
+            encoder=cls.read(encoder) if (encoder := folder / ENCODER_FOLDER).is_dir() else None,
         )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from peft_deploy.atomic_folder import disk_errors
 from peft_deploy.convert.weight_file import Placement, WeightFile
-from peft_deploy.convert.worker import CONSTANTS_FILE, NAMES_FILE, PROGRAM_FILE
+from peft_deploy.convert.worker import CONSTANTS_FILE, ENCODER_FOLDER, NAMES_FILE, PROGRAM_FILE
 from peft_deploy.errors import ConversionError, listed
 from peft_deploy.weights import Array, contiguous_blocks
 from peft_deploy.weights.pdiparams import record_head
@@ -66,6 +66,7 @@ class StaticProgram:
         constants: name in the program → tables computed by the stand-in.
         operators: operator → how often it appears.
         versions: package → version in the process that traced it.
+        encoder: the program of the encoder, for a model of two graphs.
     """
 
     text: str
@@ -74,6 +75,12 @@ class StaticProgram:
     constants: Mapping[str, Array]
     operators: dict[str, int]
     versions: dict[str, str]
+    encoder: StaticProgram | None = None
+
+    @property
+    def graphs(self) -> list[StaticProgram]:
+        """Itself, and the encoder's where there is one."""
+        return [self] if self.encoder is None else [self, self.encoder]
 
     @classmethod
     def of(cls, traced: TracedProgram, shapes: Mapping[str, tuple[int, ...]]) -> StaticProgram:
@@ -109,6 +116,7 @@ class StaticProgram:
             constants=constants,
             operators={name: len(uses) for name, uses in names["operations"].items()},
             versions=names["versions"],
+            encoder=cls.read(encoder) if (encoder := folder / ENCODER_FOLDER).is_dir() else None,
         )
 
 

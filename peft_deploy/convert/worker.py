@@ -27,6 +27,8 @@ from peft_deploy.environment import (
 from peft_deploy.errors import ConversionError, PeftDeployError
 
 if TYPE_CHECKING:
+    from paddle import nn
+
     from peft_deploy.trace.preflight import OperatorUse
     from peft_deploy.trace.program import TracedProgram
 
@@ -37,6 +39,7 @@ OPERATORS_FILE = "operators.json"  # beside a program that was traced in another
 GRAPH_FILE = "graph.onnx"
 NAMES_FILE = "names.json"
 CONSTANTS_FILE = "constants.npz"
+ENCODER_FOLDER = "encoder"  # has the same files for the encoder of a model of two graphs
 _ABSENT_PARAMS = (
     "no-such-file.pdiparams"  # a params file that does not exist: a graph without weights
 )
@@ -95,8 +98,7 @@ def _convert(folder: Path, request: dict[str, Any], phase: Any) -> None:
     phase("Importing Paddle")
     require_paddle_models()
     from peft_deploy.base.dygraph import build_skeleton
-    from peft_deploy.families import find_family
-    from peft_deploy.families.standins.parameters import unique_parameters
+    from peft_deploy.families import EncoderDecoderFamily, find_family
     from peft_deploy.trace.program import trace_model
 
     config = request["config"]
@@ -104,7 +106,23 @@ def _convert(folder: Path, request: dict[str, Any], phase: Any) -> None:
     phase("Building the skeleton")
     skeleton = build_skeleton(family, config)
     phase("Tracing")
-    traced = trace_model(skeleton, family, family.signature(config))
+    _leave(
+        folder, skeleton, trace_model(skeleton, family, family.signature(config)), request, phase
+    )
+    if isinstance(family, EncoderDecoderFamily):
+        phase("Tracing the encoder")
+        encoder, signature = family.encoder_stand_in(skeleton), family.encoder_signature(config)
+        traced = trace_model(skeleton, family, signature, stand_in=encoder)
+        (folder / ENCODER_FOLDER).mkdir()
+        _leave(folder / ENCODER_FOLDER, skeleton, traced, request, phase)
+
+
+def _leave(
+    folder: Path, skeleton: nn.Layer, traced: TracedProgram, request: dict[str, Any], phase: Any
+) -> None:
+    """Leaves the graph of a traced program, or the program itself, and its names in a folder."""
+    from peft_deploy.families.standins.parameters import unique_parameters
+
     packages = ["paddlepaddle", "paddlenlp"]
     if request["format"] == ONNX:
         traced.save(folder / PROGRAM_FILE)

@@ -120,7 +120,8 @@ class Family(ABC):
 
         Returns:
             A layer whose ``forward`` takes the signature's inputs in order, an encoder's keys and values and the cache
-            as one flat list each at the end when there are any, and returns the signature's outputs as one flat list; its attribute ``scopes`` is a
+            as one flat list each at the end when there are any, and returns the signature's outputs as one flat list;
+            its attribute ``scopes`` is a
             :class:`~peft_deploy.families.standins.ScopeTrace` of that forward.
         """
 

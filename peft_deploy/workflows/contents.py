@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from peft_deploy.atomic_folder import disk_errors
 from peft_deploy.bundle import (
     MODEL,
     MODEL_DATA,
@@ -21,12 +24,14 @@ from peft_deploy.config.export import ONNX, ExportOptions
 from peft_deploy.config.json_file import read_object
 from peft_deploy.convert import ConversionJob
 from peft_deploy.errors import CheckpointError
+from peft_deploy.signature import GraphSignature
 from peft_deploy.text import Tokenizer
 from peft_deploy.text.tokenizer import TOKENIZER
 from peft_deploy.text.wordpiece import VOCABULARY, wordpiece_json
 from peft_deploy.weights import RoundingLoss
 from peft_deploy.weights.rounding import describe_losses
 from peft_deploy.workflows.description import describe
+from peft_deploy.workflows.graph_parts import encoder_entry, graph_parts
 from peft_deploy.workflows.kept_adapters import select_layers, write_kept
 from peft_deploy.workflows.phase_clock import PhaseClock
 from peft_deploy.workflows.prefixes import write_prefixes
@@ -56,36 +61,50 @@ def fill_bundle(
 
     generation = _read_companions(source)
     losses: dict[str, RoundingLoss] = {}
-    tensors = source.merged(EXPORT_DTYPE, losses)
+    parts = graph_parts(source, source.merged(EXPORT_DTYPE, losses))
     fingerprint = source.fingerprint()
-    folder.require_space(sum(tensors.info(name).nbytes for name in tensors.names()))
-    with weight_file(folder, options.format) as file:
-        stream_weights(tensors, file, clock)  # while the child traces
+    folder.require_space(sum(part.nbytes for part in parts))
+    with ExitStack() as stack:
+        files = [
+            stack.enter_context(weight_file(folder, options.format, part.folder)) for part in parts
+        ]
+        for part, file in zip(parts, files, strict=True):
+            stream_weights(part.tensors, file, clock)  # while the child traces
         converted = job.result(clock.phase)
         clock.phase("Finishing the graph")
         source.check(converted.shapes)
-        graph = _finish(converted, source, file, options)
+        graph, *others = [
+            _finish(made, source, file, options, part.signature)
+            for made, file, part in zip(converted.graphs, files, parts, strict=True)
+        ]
     _write_configs(folder, source, generation, options.format)
     graph = write_kept(folder, source, graph, fingerprint)
     signature = source.family.signature(source.config, EXPORT_DTYPE)
     slots = options.prefix_slots
     write_prefixes(folder, source.prefixes, signature, fingerprint, slots=slots)
-    hashes = folder.hashes({file.path.name: file.sha256})
+    names = [file.path.relative_to(folder.path).as_posix() for file in files]
+    known = {name: file.sha256 for name, file in zip(names, files, strict=True)}
+    hashes = folder.hashes(known)
     shares = {name: loss.relative for name, loss in losses.items()}
     if warning := describe_losses(EXPORT_DTYPE, shares):
         warnings.warn(warning, stacklevel=3)
     manifest = describe(source, options, converted, hashes, fingerprint, graph, shares)
+    if others:
+        manifest = replace(manifest, encoder=encoder_entry(source, generation, *others))
     folder.seal(manifest)
     return manifest
 
 
-def weight_file(folder: BundleFolder, format: str) -> WeightFile:
-    """The file for a bundle's weights, open."""
+def weight_file(folder: BundleFolder, format: str, part: str = "") -> WeightFile:
+    """The file for the weights of a bundle, or of a graph in a folder of its own, open."""
     from peft_deploy.convert import ParamsFile, WeightFile
 
+    place = folder.path / part
+    with disk_errors(folder.output):
+        place.mkdir(exist_ok=True)
     if format == ONNX:
-        return WeightFile(folder.path / MODEL_DATA, folder.output)
-    return ParamsFile(folder.path / PARAMS, folder.output)
+        return WeightFile(place / MODEL_DATA, folder.output)
+    return ParamsFile(place / PARAMS, folder.output)
 
 
 def _finish(
@@ -93,6 +112,7 @@ def _finish(
     source: ExportSource,
     file: WeightFile,
     options: ExportOptions,
+    signature: GraphSignature,
 ) -> dict[str, Any]:
     """Writes the graph beside its weights; returns what the manifest says of it."""
     from peft_deploy.convert import StaticProgram, write_program
@@ -112,6 +132,7 @@ def _finish(
         slot_rank=options.slot_rank,
         adapter_bank=options.adapter_bank,
         prefix_slots=options.prefix_slots,
+        signature=signature,
     )
 
 

@@ -11,6 +11,7 @@ from peft_deploy.bundle import Manifest
 from peft_deploy.config.export import ONNX, RUNTIME, ExportOptions
 from peft_deploy.config.layer_signature import LayerSignature
 from peft_deploy.signature import GraphSignature
+from peft_deploy.workflows.graph_parts import graph_parts
 from peft_deploy.workflows.sources import EXPORT_DTYPE, ExportSource, NamedAdapter
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def describe(
         opset=options.opset if options.format == ONNX else None,
         format=options.format,
         precision="fp32",
-        context_length=source.family.dims(source.config).max_positions,
+        context_length=source.family.context_length(source.config),
         base={"name": source.name, "layout": source.layout, "fingerprint": fingerprint},
         adapters=[
             *([_merged_entry(source.adapter, shares)] if source.adapter else []),
@@ -137,7 +138,7 @@ def plan_lines(source: ExportSource, tensors: TensorSource) -> list[str]:
         source: the model and its adapters.
         tensors: that would be written.
     """
-    total = sum(tensors.info(name).nbytes for name in tensors.names())
+    total = sum(part.nbytes for part in graph_parts(source, tensors))
     plan = [
         f"base model {source.name}: {source.family.paddle_model(source.config)}, {len(tensors.names())} tensors, "
         f"{source.layout} layout"

@@ -35,6 +35,7 @@ def finish_graph(
     slot_rank: int | None = None,
     adapter_bank: int | None = None,
     prefix_slots: bool = False,
+    signature: GraphSignature | None = None,
 ) -> dict[str, Any]:
     """Cleans a graph up, joins it with its weights, checks it and writes it.
 
@@ -49,6 +50,7 @@ def finish_graph(
         adapter_bank: how many adapters these slots are to hold at once, each row of a batch naming its own; None
             for slots of one adapter at a time.
         prefix_slots: add slots for a prefix.
+        signature: of the graph; the family's usual one when None.
 
     Returns:
         What the manifest says of it: ``operators``, how often each appears, ``removed``, how many nodes each
@@ -59,7 +61,7 @@ def finish_graph(
     Raises:
         ConversionError: the graph is not what it should be.
     """
-    signature = source.family.signature(source.config, EXPORT_DTYPE)
+    signature = signature or source.family.signature(source.config, EXPORT_DTYPE)
     names = source.family.names(source.config)
     removed = run_pipeline(converted, signature, names)
     add_tables(converted.constants, file)
