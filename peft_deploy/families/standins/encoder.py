@@ -93,7 +93,8 @@ class EncoderStandIn(nn.Layer):  # type: ignore[misc]
         words = layer.word_embeddings
         x = F.embedding(input_ids, words.weight)  # [B, S, E]
         padding = words._padding_idx
-        if padding not in (None, -1):  # Paddle's layer gives zeros there, whatever the weight holds
+        # Paddle's layer gives zeros there, whatever the weight holds.
+        if padding not in (None, -1):
             real = paddle.not_equal(input_ids, paddle.full([1], padding, dtype="int64"))
             x = x * real.cast("float32").unsqueeze(-1)
         x = x + F.embedding(positions, layer.position_embeddings.weight)
