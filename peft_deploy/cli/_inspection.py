@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from peft_deploy.bundle import MANIFEST
+from peft_deploy.bundle.adapter_bank import bank_capacity
 from peft_deploy.inspection import (
     AdapterInspection,
     BundleInspection,
@@ -244,6 +245,9 @@ def _slots(graph: Mapping[str, Any]) -> str:
         rank = "any rank" if lora["rank"] is None else f"rank {lora['rank']}"
         layers = len(lora["targets"])
         parts.append(f"LoRA of {rank} on {layers} linear layers, {lora['dtype']}")
+    capacity = bank_capacity(graph)
+    if capacity is not None:
+        parts.append(f"a bank of {capacity} adapters, one a row of the batch")
     if prefix:
         parts.append("a prefix of any length")
     return "; ".join(parts) or "none: adapters are in the weights"

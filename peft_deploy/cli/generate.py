@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from peft_deploy.runtime import Generation, TextRun
 
 
+NO_ADAPTER = "-"
+
+
 @click.command("generate")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="A prompt; repeatable.")
@@ -28,8 +31,10 @@ if TYPE_CHECKING:
 @click.option("--system", metavar="TEXT", help="With --chat: the system's message.")
 @click.option(
     "--adapter",
+    "adapters",
+    multiple=True,
     metavar="NAME",
-    help="With this adapter of the bundle, or an .onnx_adapter file.",
+    help="With this adapter of the bundle, or an .onnx_adapter file. With a bank: one for each prompt, or - for none.",
 )
 @click.option(
     "--scale", type=float, default=1.0, metavar="X", help="Multiplies what the adapter adds."
@@ -59,7 +64,7 @@ def generate_command(
     prompt_file: TextIO | None,
     chat: bool,
     system: str | None,
-    adapter: str | None,
+    adapters: tuple[str, ...],
     scale: float,
     prefix: str | None,
     max_new_tokens: int,
@@ -92,7 +97,8 @@ def generate_command(
         top_k=top_k,
         top_p=top_p,
         seed=seed,
-        adapter=adapter,
+        adapter=adapters[0] if len(adapters) == 1 else None,
+        adapters=_by_prompt(adapters, texts) if len(adapters) > 1 else None,
         scale=scale,
         prefix=prefix,
     )
@@ -104,6 +110,14 @@ def generate_command(
         _print_batch(texts, _finish(run, screen))
     if not as_json:
         _print_figures(run.results, screen)
+
+
+def _by_prompt(adapters: Sequence[str], texts: Sequence[str]) -> list[str | None]:
+    if len(adapters) != len(texts):
+        raise click.UsageError(
+            f"{len(adapters)} adapters were named for {len(texts)} prompts: name one for all, or one for each"
+        )
+    return [None if name == NO_ADAPTER else name for name in adapters]
 
 
 def _all_prompts(prompts: Sequence[str], prompt_file: TextIO | None) -> list[str]:

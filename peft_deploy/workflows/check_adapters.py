@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from peft_deploy.bundle import Manifest
+from peft_deploy.bundle.adapter_bank import bank_capacity
 from peft_deploy.config.export import RUNTIME
 from peft_deploy.errors import AdapterError
 from peft_deploy.parity.report import CaseResult, ParityReport
@@ -21,6 +22,8 @@ from peft_deploy.workflows.sources import ExportSource
 
 PART = "adapter {}"  # of a report
 _PROBE = 16  # tokens
+_ROWS = 8  # at most, in one batch
+_ROWS_AGREE = 1e-4  # of an output's size; the order of float32 sums depends on the other rows
 
 
 def check_adapters(
@@ -56,6 +59,7 @@ def check_adapters(
     session = Session(folder, provider=provider)
     vocab_size = source.family.dims(source.config).vocab_size
     before = _probe(session, vocab_size, seed)
+    cases = [*report.cases]
     parts: dict[str, ParityReport] = {}
     for named in source.kept:
         progress.phase(f"Preparing the check of {named.name}")
@@ -72,23 +76,55 @@ def check_adapters(
             progress=progress,
             extras=extras,
         )
-    off = _compare_off(before, _probe(session, vocab_size, seed))
-    return replace(report, cases=(*report.cases, off), parts={**report.parts, **parts})
+    if bank_capacity(session.manifest.graph) is not None:
+        cases.append(_compare_rows(session, vocab_size, seed))
+    cases.append(_compare_off(before, _probe(session, vocab_size, seed)))
+    return replace(report, cases=tuple(cases), parts={**report.parts, **parts})
 
 
-def _probe(session: Session, vocab_size: int, seed: int) -> Mapping[str, Array]:
-    """Every output for a few tokens without an adapter."""
-    shape = (1, _PROBE)
+def _probe(
+    session: Session, vocab_size: int, seed: int, rows: Sequence[str | None] = (None,)
+) -> Mapping[str, Array]:
+    """Every output for a few tokens, without an adapter or with one a row."""
+    shape = (len(rows), _PROBE)
     given: dict[str, Array] = {
         INPUT_IDS: np.random.default_rng(seed).integers(0, vocab_size, shape),
         ATTENTION_MASK: np.ones(shape, np.int64),
-        POSITION_IDS: np.arange(_PROBE, dtype=np.int64)[None],
+        POSITION_IDS: np.tile(np.arange(_PROBE, dtype=np.int64), (len(rows), 1)),
     }
     signature = session.signature
     cache = {spec.name for spec in signature.past}
     others = np.zeros(shape, np.int64)  # such as an encoder's segments
     names = [name for name in signature.input_names if name not in cache]
-    return session.run({name: given.get(name, others) for name in names})
+    feeds = {name: given.get(name, others) for name in names}
+    if len(set(rows)) == 1:
+        return session.run(feeds, adapter=rows[0])
+    return session.run(feeds, adapters=rows)
+
+
+def _compare_rows(session: Session, vocab_size: int, seed: int) -> CaseResult:
+    """Whether each row of a batch gets what a batch with its adapter alone gets."""
+    rows = [*session.adapters[: _ROWS - 1], None]
+    mixed = _probe(session, vocab_size, seed, rows)
+    problem = None
+    for row, name in enumerate(rows):
+        alone = _probe(session, vocab_size, seed, [name] * len(rows))
+        for output, array in alone.items():
+            difference = _relative(mixed[output][row], array[row])
+            if not difference <= _ROWS_AGREE:
+                problem = (
+                    f"{output} of the row with {name or 'no adapter'} differs by {difference:.1g} of its size from "
+                    "what a batch with that alone gives"
+                )
+    group = "an adapter of its own for each row"
+    shape = f"batch {len(rows)}, {_PROBE} tokens"
+    return CaseResult(group, group, shape, problem=problem)
+
+
+def _relative(found: Array, expected: Array) -> float:
+    wanted = expected.astype(np.float64)
+    size = max(float(np.abs(wanted).max(initial=0)), float(np.finfo(np.float32).tiny))
+    return float(np.abs(found.astype(np.float64) - wanted).max(initial=0)) / size
 
 
 def _compare_off(before: Mapping[str, Array], after: Mapping[str, Array]) -> CaseResult:
