@@ -15,6 +15,7 @@ from peft_deploy.runtime.runner import Array
 from peft_deploy.signature import (
     ADAPTER_IDS,
     ATTENTION_MASK,
+    ENCODER_INPUT_IDS,
     INPUT_IDS,
     LOGITS,
     POSITION_IDS,
@@ -89,7 +90,9 @@ def check_indices(
     Raises:
         ExecutionError: one of them is not.
     """
-    limits = {INPUT_IDS: _vocabulary(signature), POSITION_IDS: positions, TOKEN_TYPE_IDS: None}
+    known = _vocabulary(signature)
+    limits = {INPUT_IDS: known, ENCODER_INPUT_IDS: known, POSITION_IDS: positions}
+    limits[TOKEN_TYPE_IDS] = None
     for name, limit in limits.items():
         if name not in feeds or not feeds[name].size:
             continue
@@ -126,7 +129,7 @@ def check_adapter_ids(ids: Array, batch: int, entries: int) -> None:
             f"adapters were named for {len(ids)} rows, and the batch has {batch}",
             hint="name one a row, None for a row without an adapter",
         )
-    outside = ids[(ids < 0) | (ids >= entries)]
+    outside = ids[~np.isin(ids, np.arange(entries))]
     if outside.size:
         raise ExecutionError(
             f"input {ADAPTER_IDS} holds the value {int(outside[0])}; the bank has the ids 0 (no adapter) to "
