@@ -12,7 +12,8 @@ import numpy as np
 import onnx_ir as ir
 
 from peft_deploy.adapters.formats.onnx_file import model_version, write_onnx_adapter
-from peft_deploy.bundle.manifest import MANIFEST
+from peft_deploy.bundle.manifest import MANIFEST, Manifest
+from peft_deploy.convert.adapter_bank import AddAdapterBankPass
 from peft_deploy.convert.lora_slots import AddLoraSlotsPass
 from peft_deploy.convert.weight_file import WeightFile
 
@@ -28,17 +29,25 @@ def module_of(weight: str) -> str:
     return f"model.layers.{weight}" if weight[0].isdigit() else weight
 
 
-def add_slots(bundle: Path, folder: Path, rank: int | None = None) -> Path:
-    """A copy of a bundle whose linear layers all have slots."""
+def add_slots(
+    bundle: Path, folder: Path, rank: int | None = None, bank: int | None = None
+) -> Path:
+    """A copy of a bundle whose linear layers all have slots, or a bank for that many adapters."""
     shutil.copytree(bundle, folder)
     model = ir.load(folder / "model.onnx")
     for name, value in list(model.graph.initializers.items()):
         if name.partition(".")[2] in LINEARS or name == "head":
             value.name = f"{module_of(name)}.weight"
     with WeightFile(folder / "zeros.data") as file:
-        AddLoraSlotsPass(lambda linears: linears, file, rank)(model)
+        if bank is None:
+            AddLoraSlotsPass(lambda linears: linears, file, rank)(model)
+        else:
+            AddAdapterBankPass(lambda linears: linears)(model)
     ir.save(model, folder / "model.onnx")
     manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
+    if bank is not None:
+        manifest["signature"] = Manifest.read(folder).signature.with_adapter_ids().to_dict()
+        manifest["graph"] |= {"adapter_bank": {"capacity": bank}}
     manifest["base"]["fingerprint"] = FINGERPRINT
     files = [p for p in folder.iterdir() if p.name != MANIFEST]
     manifest["files"] = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
