@@ -18,5 +18,6 @@ step() {
 step "$VENV/bin/ruff" check .
 step "$VENV/bin/ruff" format --check .
 step "$VENV/bin/mypy"
-[ "$#" -gt 0 ] || set -- -m "not gpu"
+# All of them: one process a core, the tests of a file together, as they share what they make.
+[ "$#" -gt 0 ] || set -- -m "not gpu" -n auto --dist loadfile
 step "$VENV/bin/python" -m pytest "$@"
