@@ -19,11 +19,13 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from filelock import FileLock
 from model_recipes import load_recipe
 
 
@@ -61,8 +63,10 @@ def minilm() -> Path:
 
 def _made(name: str) -> Path:
     recipe = load_recipe(name)
+    lock = Path(tempfile.gettempdir()) / f"peft-deploy-{name}.lock"
     try:
-        folder: Path = recipe.make()
+        with FileLock(lock):  # the tests run in several processes; one of them makes it
+            folder: Path = recipe.make()
     except recipe.RecipeError as exc:
         if os.environ.get("CI"):
             raise
