@@ -33,12 +33,20 @@ class Place:
         position: of the node that makes it, in the graph's order.
         module: path as PaddleNLP has it; of an output of the graph, that output's name.
         what: ``"output"`` or ``"input"`` of the module, or ``"graph output"``.
+        others: values that may be the module's instead. PaddleNLP draws the line between a module and the scaling,
+            the offset or the residual behind it in other places than the stand-in.
     """
 
     value: str
     position: int
     module: str
     what: str
+    others: tuple[str, ...] = ()
+
+    @property
+    def candidates(self) -> tuple[str, ...]:
+        """Every value that may be the module's, the likeliest first."""
+        return (self.value, *self.others)
 
 
 class ExposedGraph:
@@ -59,7 +67,7 @@ class ExposedGraph:
         self._model = ir.load(folder / MODEL)
         self._nodes: list[ir.Node] = list(self._model.graph)
         self._order = {id(node): i for i, node in enumerate(self._nodes)}
-        self.outputs = [str(value.name) for value in self._model.graph.outputs]
+        self._producers = {str(value.name): node for node in self._nodes for value in node.outputs}
 
     def output_of(self, scope: str) -> tuple[str, int] | None:
         """Name and position of the value that a module gives to the rest of the graph.
@@ -84,6 +92,34 @@ class ExposedGraph:
     def _is_last(self, node: ir.Node) -> bool:
         """Whether the node ends the graph: its output is a module's, where a cache's is not."""
         return node is self._nodes[-1]
+
+    def around(self, scope: str, output: str) -> tuple[str, ...]:
+        """The other values inside of a module, and those that are made of its output next.
+
+        Args:
+            scope: the module's folder in the names of nodes.
+            output: its output.
+        """
+        producer = self._producer(output)
+        assert producer is not None
+        members = [node for node in self._nodes if _is_under(node, scope)]
+        users = [use.node for value in producer.outputs for use in value.uses()]
+        names = [str(v.name) for node in (*reversed(members), *users) for v in node.outputs]
+        return tuple(dict.fromkeys(name for name in names if name != output))
+
+    def depends(self, value: str, on: str) -> bool:
+        """Whether a value is made of another one."""
+        source = self._producer(on)
+        waiting, seen = [self._producer(value)], set[int]()
+        while waiting:
+            node = waiting.pop()
+            if node is None or id(node) in seen:
+                continue
+            if node is source:
+                return True
+            seen.add(id(node))
+            waiting += [v.producer() for v in node.inputs if v is not None]
+        return False
 
     def input_of(self, scope: str) -> tuple[str, int] | None:
         """Name and position of the one value that a module takes from another node; None for several or none."""
@@ -222,9 +258,7 @@ class ExposedGraph:
         return -1 if producer is None else self._order[id(producer)]
 
     def _producer(self, value: str) -> ir.Node | None:
-        return next(
-            (node for node in self._nodes for out in node.outputs if out.name == value), None
-        )
+        return self._producers.get(value)
 
 
 def _start(value: ir.Value, array: npt.NDArray[Any]) -> ir.Value:
@@ -252,6 +286,7 @@ def make_places(
     for module, scope in scopes.items():
         for what, place in ((OUTPUT, graph.output_of(scope)), (INPUT, graph.input_of(scope))):
             if place is not None:
-                found.append(Place(place[0], place[1], module, what))
+                others = graph.around(scope, place[0]) if what == OUTPUT else ()
+                found.append(Place(place[0], place[1], module, what, others))
     # of the modules that end in the same value, the innermost says most
     return sorted(found, key=lambda p: (p.position, p.what == INPUT, -p.module.count(".")))

@@ -133,14 +133,14 @@ def _search(
     signature: GraphSignature,
 ) -> Finding | None:
     judge = _Judge(call, expectation, signature)
-    layers = [p for p in places if p.module.rpartition(".")[2].isdigit() and p.what == OUTPUT]
-    good, bad = judge.split(layers, graph.run(call.feeds, [p.value for p in layers]))
+    layers = [p for p in places if _is_layer(p)]
+    good, bad = judge.split(layers, graph.run(call.feeds, _values(layers)), graph)
     # with all layers good, it may be a cache that is handed out wrongly, in any of them
     start = max((p.position for p in good), default=-1) if bad else -1
     end = bad.position if bad else max(p.position for p in places)
     inner = [p for p in places if start < p.position <= end]
-    values = graph.run(call.feeds, [p.value for p in inner])
-    fine, worst = judge.split(inner, values)
+    values = graph.run(call.feeds, _values(inner))
+    fine, worst = judge.split(inner, values, graph)
     if worst is None:
         return None
     stops = {p.value for p in (*good, *fine)}
@@ -165,6 +165,14 @@ def _search(
         expected=wanted,
         counts=_spread(counts, axis, wanted.shape),
     )
+
+
+def _is_layer(place: Place) -> bool:
+    return place.module.rpartition(".")[2].isdigit() and place.what == OUTPUT
+
+
+def _values(places: Iterable[Place]) -> list[str]:
+    return [value for place in places for value in place.candidates]
 
 
 def _layer_of(worst: Place, bad: Place | None, graph: ExposedGraph) -> str | None:
@@ -209,16 +217,35 @@ class _Judge:
         self._specs = {spec.name: spec for spec in signature.outputs}
         self._outputs = expected(call.case, expectation.known, signature).values
 
-    def split(self, places: Iterable[Place], values: Arrays) -> tuple[list[Place], Place | None]:
-        """The places before the first bad one that are good, and that one."""
-        good: list[Place] = []
-        for place in places:
-            verdict = self._is_good(place, values[place.value])
-            if verdict is False:
-                return good, place
-            if verdict:
-                good.append(place)
-        return good, None
+    def split(
+        self, places: Sequence[Place], values: Arrays, graph: ExposedGraph
+    ) -> tuple[list[Place], Place | None]:
+        """The places before the first bad one that are good, and that one.
+
+        A place from which a good layer follows is not bad: there, PaddleNLP's module gives something else than what
+        the graph keeps under its name. (Other good values prove nothing: a norm hides a wrong scale.)
+        """
+        verdicts = [self._verdict(place, values, graph) for place in places]
+        sound = [place for place, good in verdicts if good and _is_layer(place)]
+        before: list[Place] = []
+        for place, good in verdicts:
+            if good:
+                before.append(place)
+            elif good is False and not any(
+                later.position > place.position and graph.depends(later.value, place.value)
+                for later in sound
+            ):
+                return before, place
+        return before, None
+
+    def _verdict(
+        self, place: Place, values: Arrays, graph: ExposedGraph
+    ) -> tuple[Place, bool | None]:
+        """The place at the value that is the module's, if there is one, and whether it is good."""
+        for value in place.candidates:
+            if self._is_good(place, values[value]):
+                return replace(place, value=value, position=graph.position(value)), True
+        return place, self._is_good(place, values[place.value])
 
     def _is_good(self, place: Place, actual: npt.NDArray[Any]) -> bool | None:
         """None where the two have not the same form, so that nothing can be said."""
