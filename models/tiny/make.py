@@ -96,7 +96,9 @@ def _draw(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> Array:
         return rng.normal(0, 0.3, shape).astype(np.float32)
     if len(shape) == 1:  # a norm's weight
         return rng.uniform(0.6, 1.4, shape).astype(np.float32)
-    if "embed" in name or name.endswith(("wte.weight", "lm_head.weight")):
+    if "relative_attention_bias" in name:
+        return rng.normal(0, 1, shape).astype(np.float32)
+    if "embed" in name or name.endswith(("wte.weight", "lm_head.weight", "shared.weight")):
         return rng.normal(0, 2.5 / math.sqrt(shape[-1]), shape).astype(np.float32)
     return rng.normal(0, 1.5 / math.sqrt(shape[0]), shape).astype(np.float32)
 

@@ -78,7 +78,8 @@ def generate_command(
 ) -> None:
     """Answer prompts with a bundle, under ONNX Runtime alone, or Paddle Inference for one in Paddle's format.
 
-    One prompt is answered as the text comes; several are answered in one padded batch.
+    One prompt is answered as the text comes; several are answered in one padded batch. For a model of encoder and
+    decoder, a prompt is the text that the encoder reads.
     """
     texts = _all_prompts(prompts, prompt_file)
     from rich.console import Console

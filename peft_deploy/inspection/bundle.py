@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from peft_deploy.bundle import MANIFEST, MODEL, PARAMS, PROGRAM, Manifest
+from peft_deploy.bundle import ENCODER, MANIFEST, MODEL, PARAMS, PROGRAM, Manifest
 from peft_deploy.bundle.folder import sha256
 from peft_deploy.config.export import PADDLE
 from peft_deploy.errors import BundleError
@@ -66,6 +66,12 @@ class BundleInspection:
         """Nodes of the graph."""
         return sum(self.operators.values())
 
+    @property
+    def encoder_nodes(self) -> int:
+        """Nodes of the encoder's graph, 0 where there is none."""
+        encoder = self.manifest.encoder
+        return 0 if encoder is None else sum(encoder.graph.get("operators", {}).values())
+
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready form."""
         manifest = {**asdict(self.manifest), "signature": self.manifest.signature.to_dict()}
@@ -105,12 +111,23 @@ def inspect_bundle(folder: Path, *, verify: bool = False) -> BundleInspection:
     ]
     complete = not any(file.state == "missing" for file in wrong)
     if manifest.format == PADDLE and complete:
-        problems += _compare_program(folder, manifest)
+        for place, graph in _graphs(folder, manifest):
+            problems += _compare_program(place, graph)
     elif (folder / MODEL).is_file() and complete:
-        check_external_data(folder / MODEL)
-        if verify:
-            problems += _compare_graph(folder / MODEL, manifest)
+        for place, graph in _graphs(folder, manifest):
+            check_external_data(place / MODEL)
+            if verify:
+                problems += _compare_graph(place / MODEL, graph)
     return BundleInspection(folder, manifest, files, verify, tuple(problems))
+
+
+def _graphs(folder: Path, manifest: Manifest) -> list[tuple[Path, Manifest]]:
+    """Where the bundle's graphs lie, each with what the manifest says of it."""
+    own = [(folder, manifest)]
+    if (encoder := manifest.encoder) is not None:
+        said = replace(manifest, signature=encoder.signature, graph=encoder.graph)
+        own.append((folder / ENCODER, said))
+    return own
 
 
 def _files(folder: Path, manifest: Manifest, *, verify: bool) -> tuple[BundleFile, ...]:

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from peft_deploy.errors import ConfigError
-from peft_deploy.signature import LOGITS, POSITION_IDS, GraphSignature
+from peft_deploy.signature import ENCODER_INPUT_IDS, LOGITS, POSITION_IDS, GraphSignature
 
 IntArray = npt.NDArray[np.int64]
 
@@ -39,12 +39,14 @@ class Text:
         ids: the tokens, [N].
         start: position of the first one; not 0 only to reach the end of the position table.
         types: the segment of every token, [N]; all in segment 0 when None.
+        source: what an encoder reads before, [M]; None for a model of one graph.
     """
 
     name: str
     ids: IntArray
     start: int = 0
     types: IntArray | None = None
+    source: IntArray | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -92,6 +94,24 @@ class Case:
         """[B, T]: the segment of every token, 0 at padding."""
         types = [np.zeros_like(t.ids) if t.types is None else t.types for t in self.texts]
         return self._of_tokens(types, 0)
+
+    @property
+    def source_ids(self) -> IntArray:
+        """[B, M]: what an encoder reads of each row, on the right of the padding in every other row."""
+        return self._sources([_source(text) for text in self.texts], self.pad_id)
+
+    @property
+    def source_mask(self) -> IntArray:
+        """[B, M], 1 = attend."""
+        return self._sources([np.ones_like(_source(text)) for text in self.texts], 0)
+
+    def _sources(self, rows: Sequence[IntArray], padding: int) -> IntArray:
+        width = max(map(len, rows))
+        placed = np.full((len(rows), width), padding, np.int64)
+        for row, values in enumerate(rows):
+            first = width - len(values) if row % 2 else 0
+            placed[row, first : first + len(values)] = values
+        return placed
 
     def _of_tokens(self, rows: Sequence[IntArray], padding: int) -> IntArray:
         placed = [
@@ -151,9 +171,14 @@ def build_matrix(
             f"the model has {max_positions}"
         )
     rng = np.random.default_rng(seed)
+    reads = ENCODER_INPUT_IDS in signature.input_names
+
+    def tokens(length: int) -> IntArray:
+        return rng.integers(0, vocab_size, length, dtype=np.int64)
 
     def draw(name: str, length: int, start: int = 0) -> Text:
-        return Text(name, rng.integers(0, vocab_size, length, dtype=np.int64), start)
+        ids = tokens(length)
+        return Text(name, ids, start, source=tokens(_source_length(length)) if reads else None)
 
     lengths = [min(n, max_positions - i) for i, n in enumerate(RANDOM_LENGTHS)]
     shuffled = [draw(f"random tokens {i + 1}", n) for i, n in enumerate(lengths)]
@@ -161,7 +186,8 @@ def build_matrix(
     if real_ids is None:
         prose = draw("random tokens in place of text", real_length)
     else:
-        prose = Text("real text", np.asarray(real_ids[:real_length], np.int64))
+        read = np.asarray(real_ids[:REAL_LENGTH], np.int64)
+        prose = Text("real text", read[:real_length], source=read if reads else None)
         _check_vocabulary(prose, vocab_size)
     # Without position_ids a token's position is its place: only a text that long would reach the last ones.
     reaches = POSITION_IDS in signature.input_names
@@ -177,6 +203,15 @@ def build_matrix(
         texts=(*shuffled, prose, *edge),
         cases=tuple(replace(case, pad_id=pad_id) for case in cases),
     )
+
+
+def _source(text: Text) -> IntArray:
+    return np.zeros(0, np.int64) if text.source is None else text.source
+
+
+def _source_length(length: int) -> int:
+    """Of the source of a text: shorter than a long one, longer than a short one."""
+    return max(1, 24 - length)
 
 
 def _vocab_size(signature: GraphSignature) -> int:

@@ -22,9 +22,18 @@ from peft_deploy.parity.play import read_text
 from peft_deploy.parity.report import Divergence, GenerationResult, PromptResult
 from peft_deploy.parity.tolerance import Limit
 from peft_deploy.progress import Progress
-from peft_deploy.runtime import Cache, CachingRunner, GenerationOptions, Runner, caching, generate
+from peft_deploy.runtime import (
+    Cache,
+    CachingRunner,
+    EncoderDecoderRunner,
+    GenerationOptions,
+    Runner,
+    caching,
+    generate,
+)
 from peft_deploy.runtime.runner import Array
 from peft_deploy.signature import GraphSignature
+from peft_deploy.text.padding import pad_batch
 
 IntArray = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -39,10 +48,12 @@ class Prompt:
     Args:
         text: for the report.
         ids: its tokens.
+        source: what an encoder reads before; None for a model of one graph.
     """
 
     text: str
     ids: tuple[int, ...]
+    source: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +84,7 @@ class Recorder:
         progress: advances by one for each step.
     """
 
-    def __init__(self, runner: Runner, progress: Progress) -> None:
+    def __init__(self, runner: Runner | CachingRunner, progress: Progress) -> None:
         self._runner: CachingRunner = caching(runner)
         self._progress = progress
         self._steps = 0
@@ -114,10 +125,19 @@ def generate_greedily(
     Raises:
         ExecutionError: the graph does not run, or gives a NaN.
     """
-    recorder = Recorder(runner, progress)
+    recorder = Recorder(_reading(runner, prompts), progress)
     options = GenerationOptions(max_new_tokens=new_tokens, pad_id=prompts[0].ids[0])
     results = generate(recorder, [prompt.ids for prompt in prompts], options)
     return np.array([result.token_ids for result in results], np.int64)
+
+
+def _reading(runner: Runner, prompts: Sequence[Prompt]) -> Runner | CachingRunner:
+    """The runner with the prompts' sources before its eyes, where it reads any."""
+    if not isinstance(runner, EncoderDecoderRunner):
+        return runner
+    sources = [prompt.source or () for prompt in prompts]
+    batch = pad_batch(sources, prompts[0].ids[0], "left")
+    return runner.reading(batch.input_ids, batch.attention_mask)
 
 
 def score_tokens(reference: Runner, prompt: Prompt, tokens: IntArray) -> Scores:
@@ -132,7 +152,9 @@ def score_tokens(reference: Runner, prompt: Prompt, tokens: IntArray) -> Scores:
         ParityError: the reference gives NaN or infinite logits.
     """
     ids = np.concatenate([np.asarray(prompt.ids, np.int64), tokens[:-1]])
-    logits = read_text(reference, Text(prompt.text, ids)).logits[0, len(prompt.ids) - 1 :]
+    source = None if prompt.source is None else np.asarray(prompt.source, np.int64)
+    text = Text(prompt.text, ids, source=source)
+    logits = read_text(reference, text).logits[0, len(prompt.ids) - 1 :]
     if bad := int(np.count_nonzero(~np.isfinite(logits))):
         raise ParityError(
             f"the reference model gives {bad} NaN or infinite logits after {prompt.text!r}; no "

@@ -93,7 +93,11 @@ def with_own_texts(matrix: CaseMatrix, prompts: Sequence[Prompt]) -> CaseMatrix:
         prompts: at least one.
     """
     texts = [
-        Text(f"prompt {i}: {prompt.text}", np.asarray(prompt.ids[:MAX_TOKENS], np.int64))
+        Text(
+            f"prompt {i}: {prompt.text}",
+            np.asarray(prompt.ids[:MAX_TOKENS], np.int64),
+            source=None if prompt.source is None else np.asarray(prompt.source, np.int64),
+        )
         for i, prompt in enumerate(prompts, 1)
     ]
     pad_id = matrix.cases[0].pad_id

@@ -14,11 +14,14 @@ from peft_deploy.runtime.runner import Array, Runner
 from peft_deploy.signature import (
     ATTENTION_MASK,
     BATCH,
+    ENCODER_ATTENTION_MASK,
+    ENCODER_INPUT_IDS,
     INPUT_IDS,
     LOGITS,
     PAST,
     POSITION_IDS,
     SEQUENCE,
+    SOURCE,
     TOKEN_TYPE_IDS,
     TOTAL,
     GraphSignature,
@@ -54,7 +57,9 @@ class Results:
 
 def token_axis(spec: TensorSpec) -> int | None:
     """The axis of an output along which tokens lie; None where it has one value a row."""
-    return next((axis for axis, dim in enumerate(spec.dims) if dim in (SEQUENCE, TOTAL)), None)
+    return next(
+        (axis for axis, dim in enumerate(spec.dims) if dim in (SEQUENCE, SOURCE, TOTAL)), None
+    )
 
 
 def read_text(runner: Runner, text: Text) -> Results:
@@ -133,6 +138,8 @@ def _feeds(
         POSITION_IDS: case.position_ids[:, first:last],
         TOKEN_TYPE_IDS: case.token_type_ids[:, first:last],
     }
+    if ENCODER_INPUT_IDS in signature.input_names:
+        known |= {ENCODER_INPUT_IDS: case.source_ids, ENCODER_ATTENTION_MASK: case.source_mask}
     presents = present_names(signature.num_layers)
     for spec, present in zip(signature.past, presents, strict=True):
         known[spec.name] = cache[present].astype(DTYPES[spec.dtype], copy=False)
@@ -185,7 +192,7 @@ def _floats(array: Array) -> Floats:
 def _check_shapes(
     signature: GraphSignature, outputs: Mapping[str, Array], batch: int, new: int, total: int
 ) -> None:
-    sizes = {BATCH: batch, SEQUENCE: new, TOTAL: total}
+    sizes = {BATCH: batch, SEQUENCE: new, SOURCE: new, TOTAL: total}
     for spec in signature.outputs:
         if spec.name not in outputs:
             raise ExecutionError(f"the output {spec.name} is missing")

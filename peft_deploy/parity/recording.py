@@ -113,6 +113,8 @@ def write_recording(path: Path, recording: Recording) -> None:
         tensors[f"text.{i}.ids"] = text.ids
         if text.types is not None:
             tensors[f"text.{i}.types"] = text.types
+        if text.source is not None:
+            tensors[f"text.{i}.source"] = text.source
         for name, values in recording.expectation.known[text].outputs().items():
             tensors[f"text.{i}.{name}"] = values
     for i, case in enumerate(recording.expectation.matrix.cases):
@@ -164,7 +166,8 @@ def _facts(recording: Recording) -> dict[str, Any]:
         "exact": expectation.exact,
         "warnings": list(expectation.warnings),
         "prompts": [
-            {"text": prompt.text, "ids": list(prompt.ids)} for prompt in recording.prompts
+            {"text": prompt.text, "ids": list(prompt.ids), "source": prompt.source}
+            for prompt in recording.prompts
         ],
         "options": asdict(options),
     }
@@ -188,6 +191,7 @@ def _recording(facts: Mapping[str, Any], tensors: Mapping[str, Array]) -> Record
             tensors[f"text.{i}.ids"],
             entry["start"],
             tensors.get(f"text.{i}.types"),
+            tensors.get(f"text.{i}.source"),
         )
         for i, entry in enumerate(facts["texts"])
     )
@@ -218,13 +222,18 @@ def _recording(facts: Mapping[str, Any], tensors: Mapping[str, Array]) -> Record
     return Recording(
         title=facts["title"],
         expectation=expectation,
-        prompts=[Prompt(entry["text"], tuple(entry["ids"])) for entry in facts["prompts"]],
+        prompts=[_prompt(entry) for entry in facts["prompts"]],
         scores=[
             Scores(**{part: tensors[f"prompt.{i}.{part}"] for part in _SCORES})
             for i in range(len(facts["prompts"]))
         ],
         options=CheckOptions(**facts["options"]),
     )
+
+
+def _prompt(entry: Mapping[str, Any]) -> Prompt:
+    source = entry.get("source")
+    return Prompt(entry["text"], tuple(entry["ids"]), None if source is None else tuple(source))
 
 
 def _results(tensors: Mapping[str, Array], text: int, names: Mapping[str, Any]) -> Results:

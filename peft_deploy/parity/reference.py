@@ -21,7 +21,7 @@ import paddle
 from paddle import nn
 
 from peft_deploy.adapters.lora import LoRAModel
-from peft_deploy.families import Family
+from peft_deploy.families import EncoderDecoderFamily, Family
 from peft_deploy.runtime import check_feeds
 from peft_deploy.runtime.runner import Array
 from peft_deploy.signature import GraphSignature
@@ -40,6 +40,7 @@ class PaddleReference:
         family: its family.
         config: its config.json.
         dtype: of its parameters.
+        encoder: the encoder alone, of a model that is exported as two graphs.
     """
 
     def __init__(
@@ -48,12 +49,18 @@ class PaddleReference:
         family: Family,
         config: Mapping[str, Any],
         dtype: str = "float32",
+        *,
+        encoder: bool = False,
     ) -> None:
         self.model = model
         self.family = family
         self.config = config
         self.dtype = dtype
-        self._signature = family.signature(config, dtype)
+        self.encoder = encoder
+        if encoder and isinstance(family, EncoderDecoderFamily):
+            self._signature = family.encoder_signature(config, dtype)
+        else:
+            self._signature = family.whole_signature(config, dtype)
 
     @property
     def signature(self) -> GraphSignature:
@@ -88,7 +95,7 @@ class PaddleReference:
             return None
         twin = copy.deepcopy(self.model)
         twin._to_impl(dtype="float64", floating_only=True)  # to() casts tables of integers, too
-        return PaddleReference(twin, self.family, self.config, "float64")
+        return PaddleReference(twin, self.family, self.config, "float64", encoder=self.encoder)
 
     def _fits_exactly(self) -> bool:
         size = 8 * sum(p.size for p in self.model.parameters())
@@ -99,7 +106,9 @@ class PaddleReference:
         """The same model with its adapter inactive; None when it is not a LoRA model."""
         if not isinstance(self.model, LoRAModel):
             return None
-        return _WithoutAdapter(self.model, self.family, self.config, self.dtype)
+        return _WithoutAdapter(
+            self.model, self.family, self.config, self.dtype, encoder=self.encoder
+        )
 
 
 class _WithoutAdapter(PaddleReference):

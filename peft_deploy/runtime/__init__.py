@@ -7,6 +7,7 @@ Paddle before, nor anything that does; the modules above it that touch Paddle ar
 from __future__ import annotations
 
 from peft_deploy.runtime.caching import ArrayCaching, Cache, CachingRunner, caching, initial_cache
+from peft_deploy.runtime.encoder_decoder import EncoderDecoderRunner
 from peft_deploy.runtime.external_data import check_external_data
 from peft_deploy.runtime.feeds import check_feeds
 from peft_deploy.runtime.generation import (
@@ -18,7 +19,7 @@ from peft_deploy.runtime.generation import (
 )
 from peft_deploy.runtime.loaded import LoadedBundle, load_bundle
 from peft_deploy.runtime.onnx_runner import OnnxRunner
-from peft_deploy.runtime.opening import open_runner
+from peft_deploy.runtime.opening import open_encoder, open_runner
 from peft_deploy.runtime.paddle_runner import PaddleRunner
 from peft_deploy.runtime.reading import Prediction, read_texts
 from peft_deploy.runtime.runner import Runner
@@ -30,6 +31,7 @@ __all__ = [
     "ArrayCaching",
     "Cache",
     "CachingRunner",
+    "EncoderDecoderRunner",
     "Generation",
     "GenerationOptions",
     "GenerationRun",
@@ -51,6 +53,7 @@ __all__ = [
     "generate",
     "initial_cache",
     "load_bundle",
+    "open_encoder",
     "open_runner",
     "read_texts",
 ]

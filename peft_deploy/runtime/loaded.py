@@ -12,11 +12,18 @@ from typing import Any, overload
 
 from peft_deploy.bundle.folder import sha256
 from peft_deploy.bundle.manifest import Manifest
-from peft_deploy.errors import BundleError, CheckpointError, ConfigError, ExecutionError, listed
+from peft_deploy.errors import (
+    AdapterError,
+    BundleError,
+    CheckpointError,
+    ConfigError,
+    ExecutionError,
+    listed,
+)
+from peft_deploy.runtime.encoder_decoder import EncoderDecoderRunner
 from peft_deploy.runtime.generation import Generation, GenerationOptions
 from peft_deploy.runtime.onnx_runner import OnnxRunner
-from peft_deploy.runtime.opening import open_runner
-from peft_deploy.runtime.paddle_runner import PaddleRunner
+from peft_deploy.runtime.opening import BundleRunner, open_runner
 from peft_deploy.runtime.prefix_shelf import AnyPrefix, PrefixShelf
 from peft_deploy.runtime.reading import (
     Floats,
@@ -32,7 +39,7 @@ from peft_deploy.runtime.sampling import Sampling
 from peft_deploy.runtime.session import Session
 from peft_deploy.runtime.text_generation import TextRun, encode_prompts
 from peft_deploy.signature import LOGITS, SENTENCE_EMBEDDING
-from peft_deploy.text.padding import Side
+from peft_deploy.text.padding import Side, pad_batch
 from peft_deploy.text.special_tokens import MODEL_CONFIG, read_json
 from peft_deploy.text.tokenizer import TOKENIZER, Tokenizer
 
@@ -43,7 +50,8 @@ class LoadedBundle:
     Args:
         folder: where it lies.
         manifest: what it says about itself.
-        runner: its graph under ONNX Runtime, or Paddle Inference for a bundle in Paddle's format.
+        runner: its graph under ONNX Runtime, or Paddle Inference for a bundle in Paddle's format; or both of its
+            graphs.
         tokenizer: None when the bundle was made from a model without ``tokenizer.json``.
         context_length: the most tokens that the model can see; None when its configuration does
             not say.
@@ -53,7 +61,7 @@ class LoadedBundle:
         self,
         folder: Path,
         manifest: Manifest,
-        runner: OnnxRunner | PaddleRunner,
+        runner: BundleRunner,
         tokenizer: Tokenizer | None,
         context_length: int | None,
     ) -> None:
@@ -278,7 +286,20 @@ class LoadedBundle:
             context_length=self._context_length(adapter, prefix),
         )
         rows = encode_prompts(self.tokenizer, texts, chat=chat, system=system)
+        if isinstance(runner, EncoderDecoderRunner):
+            if prefix is not None:
+                raise AdapterError(f"{self.folder} has two graphs, which take no prefix")
+            return self._start_behind(runner, rows, options)
         return TextRun(runner, self.tokenizer, rows, options, self._prefixes.find(prefix))
+
+    def _start_behind(
+        self, runner: EncoderDecoderRunner, sources: list[list[int]], options: GenerationOptions
+    ) -> TextRun:
+        """The prompts are what the encoder reads, and every row begins anew."""
+        batch = pad_batch(sources, options.pad_id, options.padding)
+        reading = runner.reading(batch.input_ids, batch.attention_mask)
+        begun = [[runner.start_token_id] for _ in sources]
+        return TextRun(reading, self.tokenizer, begun, options, read=batch.lengths.tolist())
 
     def _context_length(self, adapter: str | Path | None, prefix: AnyPrefix | None) -> int | None:
         """What is left behind a prefix that an adapter puts into slots."""
@@ -291,7 +312,7 @@ class LoadedBundle:
         adapter: str | Path | None,
         scale: float,
         adapters: Sequence[str | Path | None] | None = None,
-    ) -> OnnxRunner | PaddleRunner:
+    ) -> BundleRunner:
         if adapters is not None:
             names = [None if one is None else str(one) for one in adapters]
             self._load({str(one): one for one in adapters if one is not None})

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from peft_deploy.bundle.manifest import Manifest
+from peft_deploy.bundle.manifest import ENCODER, MODEL, Manifest
 from peft_deploy.config.export import PADDLE
+from peft_deploy.errors import BundleError
+from peft_deploy.runtime.encoder_decoder import EncoderDecoderRunner
 from peft_deploy.runtime.onnx_runner import OnnxRunner
 from peft_deploy.runtime.paddle_runner import PaddleRunner
 from peft_deploy.signature import GraphSignature
+
+BundleRunner = OnnxRunner | PaddleRunner | EncoderDecoderRunner
 
 
 def open_runner(
@@ -17,12 +21,13 @@ def open_runner(
     *,
     provider: str = "cpu",
     threads: int | None = None,
-) -> OnnxRunner | PaddleRunner:
-    """ONNX Runtime, or Paddle Inference for a bundle in Paddle's format.
+) -> BundleRunner:
+    """ONNX Runtime, or Paddle Inference for a bundle in Paddle's format; both graphs of a bundle that has two.
 
     Args:
         folder: the bundle.
-        signature: what the inputs and outputs must be; by default the manifest's.
+        signature: what the inputs and outputs must be; by default the manifest's. For a bundle of two graphs, those
+            of its own graph or of both together.
         provider: ``"cpu"`` or ``"cuda"``.
         threads: threads within one operator; None leaves it to the runtime.
 
@@ -32,6 +37,39 @@ def open_runner(
         MissingExtraError: the runtime is not installed.
     """
     manifest = Manifest.read(folder)
-    signature = signature or manifest.signature
+    if manifest.encoder is None:
+        runner = PaddleRunner if manifest.format == PADDLE else OnnxRunner
+        wanted = signature or manifest.signature
+        return runner(folder, wanted, provider=provider, threads=threads)
+    encoder = open_encoder(folder, manifest, provider=provider, threads=threads)
+    decoder = open_graph(folder, manifest, provider=provider, threads=threads)
+    both = EncoderDecoderRunner(encoder, decoder, manifest.encoder.start_token_id)
+    if signature not in (None, manifest.signature, both.signature):
+        raise BundleError(
+            f"the graphs of {folder} do not have the inputs and outputs of its model"
+        )
+    return both
+
+
+def open_graph(
+    folder: Path, manifest: Manifest, *, provider: str = "cpu", threads: int | None = None
+) -> OnnxRunner | PaddleRunner:
+    """The bundle's own graph alone."""
     runner = PaddleRunner if manifest.format == PADDLE else OnnxRunner
-    return runner(folder, signature, provider=provider, threads=threads)
+    return runner(folder, manifest.signature, provider=provider, threads=threads)
+
+
+def open_encoder(
+    folder: Path, manifest: Manifest, *, provider: str = "cpu", threads: int | None = None
+) -> OnnxRunner | PaddleRunner:
+    """The encoder of a bundle of two graphs, alone.
+
+    Raises:
+        BundleError: the bundle has one graph.
+    """
+    if manifest.encoder is None:
+        raise BundleError(f"{folder} has one graph; there is no encoder beside it")
+    signature = manifest.encoder.signature
+    if manifest.format == PADDLE:
+        return PaddleRunner(folder / ENCODER, signature, provider=provider, threads=threads)
+    return OnnxRunner(folder / ENCODER / MODEL, signature, provider=provider, threads=threads)

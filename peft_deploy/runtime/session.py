@@ -15,6 +15,7 @@ from peft_deploy.bundle.slots import Slot
 from peft_deploy.errors import AdapterError, BundleError, ConfigError, ExecutionError
 from peft_deploy.runtime.adapter_bank import AdapterBank, check_capacity
 from peft_deploy.runtime.caching import initial_cache
+from peft_deploy.runtime.encoder_decoder import EncoderDecoderRunner
 from peft_deploy.runtime.generation import Generation, GenerationOptions, generate
 from peft_deploy.runtime.loaded_adapter import LoadedAdapter, read_for_slots
 from peft_deploy.runtime.onnx_runner import OnnxRunner
@@ -317,6 +318,11 @@ class Session:
 
 def _open(folder: Path, manifest: Manifest, provider: str, threads: int | None) -> OnnxRunner:
     runner = open_runner(folder, manifest.signature, provider=provider, threads=threads)
+    if isinstance(runner, EncoderDecoderRunner):
+        raise BundleError(
+            f"{folder} has two graphs, which have no slots for adapters",
+            hint="load_bundle() runs it as it is; its adapter is merged into it",
+        )
     if not isinstance(runner, OnnxRunner):
         raise BundleError(
             f"{folder} is in Paddle's static format, which has no slots for adapters",

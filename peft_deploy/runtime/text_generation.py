@@ -39,6 +39,7 @@ class TextRun:
         prompts: token ids of each row.
         options: everything else; ``stop_ids`` do not become text.
         prefix: as for :class:`~peft_deploy.runtime.generation.GenerationRun`.
+        read: tokens of each text that was read before, where rows do not begin with their prompts.
     """
 
     def __init__(
@@ -48,7 +49,9 @@ class TextRun:
         prompts: Sequence[Sequence[int]],
         options: GenerationOptions,
         prefix: Prefix | Mapping[str, Array] | None = None,
+        read: Sequence[int] | None = None,
     ) -> None:
+        self._read_tokens = read
         self._run = GenerationRun(runner, prompts, options, prefix)
         self._streams = [tokenizer.stream() for _ in prompts]
         self._tokenizer = tokenizer
@@ -63,7 +66,13 @@ class TextRun:
         """One result a prompt; runs whatever has not been iterated over."""
         for _ in self._pieces:
             pass
-        return [replace(result, text=self._whole(result)) for result in self._run.results]
+        results = [replace(result, text=self._whole(result)) for result in self._run.results]
+        if self._read_tokens is None:
+            return results
+        return [
+            replace(result, prompt_tokens=count)
+            for result, count in zip(results, self._read_tokens, strict=True)
+        ]
 
     def _whole(self, result: Generation) -> str:
         ended = result.finish_reason == "stop"

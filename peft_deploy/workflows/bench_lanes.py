@@ -62,6 +62,10 @@ def open_lanes(
 
 
 def _check_room(folder: Path, manifest: Manifest, options: BenchOptions) -> None:
+    if manifest.encoder is not None:
+        raise ConfigError(
+            f"{folder} has two graphs; the speed of one that decodes alone is measured"
+        )
     if not manifest.signature.past:
         raise ConfigError(f"{folder} has no cache, so there is no decoding to measure")
     limit, most = manifest.context_length, max(options.prompt_tokens) + options.new_tokens

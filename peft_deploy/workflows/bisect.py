@@ -30,8 +30,10 @@ def check_bisectable(manifest: Manifest) -> None:
     """Passes when a bundle can be looked into.
 
     Raises:
-        ConfigError: it is not in ONNX format, or of a layer that no family knows.
+        ConfigError: it is not in ONNX format, of a layer that no family knows, or has two graphs.
     """
+    if manifest.encoder is not None:
+        raise ConfigError("only bundles of one graph can be bisected; this one has two")
     if manifest.format != ONNX or manifest.layer is not None:
         raise ConfigError(
             "only ONNX bundles of a known family can be bisected; this one is "

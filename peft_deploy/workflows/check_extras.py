@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from peft_deploy.config.export import ExportOptions
@@ -58,7 +58,8 @@ class CheckExtras:
             ConfigError: a prompt does not fit the model, the model continues no prompts, or what is to be kept
                 would be too large.
         """
-        if self.own:
+        own = list(self.own)
+        if own:
             if not prompts:
                 raise ConfigError("the cases are prompts, which only a decoder can continue")
             vocab_size = next(s.dims[-1] for s in signature.outputs if s.name == LOGITS)
@@ -69,10 +70,17 @@ class CheckExtras:
                 max_positions=max_positions,
                 new_tokens=options.new_tokens,
             )
-            matrix = with_own_texts(matrix, self.own)
+            own = self._read_first(prompts)
+            matrix = with_own_texts(matrix, own)
         if self.record and self.bounded:
             check_size(signature, matrix.texts)
-        return matrix, [*prompts, *self.own]
+        return matrix, [*prompts, *own]
+
+    def _read_first(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """The user's own prompts, as the model takes the usual ones: to be continued, or to be read by an encoder."""
+        if prompts[0].source is None:
+            return list(self.own)
+        return [replace(prompt, ids=prompts[0].ids, source=prompt.ids) for prompt in self.own]
 
     def keep(
         self,

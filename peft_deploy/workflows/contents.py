@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -73,9 +73,10 @@ def fill_bundle(
         converted = job.result(clock.phase)
         clock.phase("Finishing the graph")
         source.check(converted.shapes)
+        made: Sequence[ConvertedGraph | StaticProgram] = converted.graphs
         graph, *others = [
-            _finish(made, source, file, options, part.signature)
-            for made, file, part in zip(converted.graphs, files, parts, strict=True)
+            _finish(one, source, file, options, part.signature)
+            for one, file, part in zip(made, files, parts, strict=True)
         ]
     _write_configs(folder, source, generation, options.format)
     graph = write_kept(folder, source, graph, fingerprint)

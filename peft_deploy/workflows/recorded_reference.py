@@ -22,8 +22,9 @@ from peft_deploy.parity.recording import (
 )
 from peft_deploy.parity.report import ParityReport
 from peft_deploy.progress import Progress, Silent
-from peft_deploy.runtime import Runner, Session, open_runner
+from peft_deploy.runtime import Runner, Session, open_encoder, open_runner
 from peft_deploy.workflows.check_adapters import PART
+from peft_deploy.workflows.check_encoder import PART as ENCODER_PART
 from peft_deploy.workflows.check_prefixes import prefix_runners
 from peft_deploy.workflows.prefixes import prefix_entries
 
@@ -132,6 +133,8 @@ def _runners(folder: Path, manifest: Manifest, provider: str) -> Mapping[str, Ru
     runners: dict[str, Runner] = {
         "": open_runner(folder, manifest.signature, provider=provider),
     }
+    if manifest.encoder is not None:
+        runners[ENCODER_PART] = open_encoder(folder, manifest, provider=provider)
     for entry in prefix_entries(manifest.adapters):
         runners |= prefix_runners(folder, str(entry["name"]), provider)
     kept = [str(e["name"]) for e in manifest.adapters if e.get("mode") == RUNTIME]

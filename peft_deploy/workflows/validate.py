@@ -28,10 +28,11 @@ from peft_deploy.parity.oracle import Reference
 from peft_deploy.parity.passages import PASSAGE, PROMPTS
 from peft_deploy.parity.report import ParityReport
 from peft_deploy.progress import Progress, Silent
-from peft_deploy.runtime import Runner, open_runner
+from peft_deploy.runtime import EncoderDecoderRunner, Runner, open_runner
 from peft_deploy.text import Tokenizer
 from peft_deploy.workflows.bisect import check_bisectable, with_finding
 from peft_deploy.workflows.check_adapters import check_adapter_origin, check_adapters
+from peft_deploy.workflows.check_encoder import check_encoder
 from peft_deploy.workflows.check_extras import CheckExtras, read_cases
 from peft_deploy.workflows.check_prefixes import check_prefix_origin, check_prefixes
 from peft_deploy.workflows.recorded_reference import check_recorded, read_recordings
@@ -182,12 +183,23 @@ def check_bundle(
     from peft_deploy.parity.reference import PaddleReference
 
     reference = PaddleReference(model, family, config)
-    return check_runner(
+    report = check_runner(
         folder,
         reference,
         runner or open_runner(folder, reference.signature, provider=provider),
         family.dims(config).max_positions,
         encoder=None if reference.signature.past else EncoderSizes.of(family, config),
+        provider=provider,
+        seed=seed,
+        progress=progress,
+        extras=extras,
+    )
+    return check_encoder(
+        report,
+        folder,
+        model,
+        family,
+        config,
         provider=provider,
         seed=seed,
         progress=progress,
@@ -227,7 +239,8 @@ def check_runner(
         matrix = build_encoder_matrix(signature, encoder, real_ids=real_ids, seed=seed)
     else:
         matrix = build_matrix(signature, max_positions, real_ids=real_ids, seed=seed)
-        prompts = make_prompts(matrix, tokenizer)
+        start = runner.start_token_id if isinstance(runner, EncoderDecoderRunner) else None
+        prompts = make_prompts(matrix, tokenizer, start)
     room = max_positions - max((len(prompt.ids) for prompt in prompts), default=0)
     options = CheckOptions(
         seed=seed,
@@ -254,8 +267,22 @@ def check_runner(
     return report
 
 
-def make_prompts(matrix: CaseMatrix, tokenizer: Tokenizer | None) -> list[Prompt]:
-    """Real prompts, or without a tokenizer the beginnings of the matrix's texts."""
+def make_prompts(
+    matrix: CaseMatrix, tokenizer: Tokenizer | None, start: int | None = None
+) -> list[Prompt]:
+    """Real prompts, or without a tokenizer the beginnings of the matrix's texts.
+
+    Args:
+        matrix: of the check.
+        tokenizer: of the bundle, if it has one.
+        start: the token that all texts begin with, where the prompts are what an encoder reads.
+    """
+    if start is not None:
+        sources = {text.name: text.source for text in matrix.texts if text.source is not None}
+        read = {name: source.tolist() for name, source in sources.items()}
+        if tokenizer is not None:
+            read = {text: tokenizer.encode(text) for text in PROMPTS}
+        return [Prompt(text, (start,), tuple(source)) for text, source in read.items()]
     if tokenizer is not None:
         return [Prompt(text, tuple(tokenizer.encode(text))) for text in PROMPTS]
     return [

@@ -87,12 +87,9 @@ class _T5StandIn(nn.Layer):  # type: ignore[misc]
                 parts.append(split_heads(projected, self._heads, self._head_dim))
         return parts
 
-    def _attend(
-        self, attention: nn.Layer, q: Tensor, k: Tensor, v: Tensor, bias: Tensor
-    ) -> Tensor:
-        out = grouped_attention(
-            q, k, v, bias, scale=1.0
-        )  # T5's weights are trained without a scale
+    def _attend(self, attention: nn.Layer, parts: list[Tensor], bias: Tensor) -> Tensor:
+        q, k, v = parts
+        out = grouped_attention(q, k, v, bias, scale=1.0)  # T5's weights are trained without one
         with self.scopes("o"):
             return linear(attention.o, out)
 
@@ -146,7 +143,7 @@ class T5EncoderStandIn(_T5StandIn):
                     h = self._norm(block.layer[0].layer_norm, x)
                     with self.scopes("SelfAttention"):
                         attention = block.layer[0].SelfAttention
-                        x = x + self._attend(attention, *self._split(attention, "qkv", h), bias)
+                        x = x + self._attend(attention, self._split(attention, "qkv", h), bias)
                 with self.scopes("1"):
                     x = self._feed_forward(block.layer[1], x)
         x = self._final(x)
@@ -219,7 +216,7 @@ class T5DecoderStandIn(_T5StandIn):
             q, k, v = self._split(attention, "qkv", h)
             k = paddle.concat([past[0], k], axis=2)  # [B, H, T, D]
             v = paddle.concat([past[1], v], axis=2)
-            return x + self._attend(attention, q, k, v, bias), k, v
+            return x + self._attend(attention, [q, k, v], bias), k, v
 
     def _cross_attention(
         self, layer: nn.Layer, x: Tensor, source: list[Tensor], bias: Tensor
@@ -227,7 +224,7 @@ class T5DecoderStandIn(_T5StandIn):
         h, attention = self._norm(layer.layer_norm, x), layer.EncDecAttention
         with self.scopes("EncDecAttention"):
             (q,) = self._split(attention, "q", h)
-            return x + self._attend(attention, q, *source, bias)
+            return x + self._attend(attention, [q, *source], bias)
 
     def _logits(self, x: Tensor) -> Tensor:
         with self.scopes("lm_head"):
