@@ -28,6 +28,7 @@ NEED_PADDLE = (
     "peft_deploy.base.dygraph",
     "peft_deploy.families.eager",
     "peft_deploy.families.eager_encoder",
+    "peft_deploy.families.eager_encoder_decoder",
     "peft_deploy.families.eager_repairs",
     "peft_deploy.families.standins",
     "peft_deploy.parity.layer_reference",
@@ -50,6 +51,7 @@ NEED_PADDLE = (
 # The base install has onnx, because onnx-ir imports it. Everything below one of these needs onnx-ir; the rest also
 # starts where onnx is damaged, or slow to import.
 NEED_ONNX_IR = (
+    "peft_deploy.convert.adapter_bank",
     "peft_deploy.convert.bind",
     "peft_deploy.convert.graph",
     "peft_deploy.convert.lora_slots",
@@ -98,6 +100,7 @@ def test_a_missing_paddle_is_said_in_a_sentence() -> None:
         "peft_deploy.adapters.wrapper",
         "peft_deploy.families.eager",
         "peft_deploy.families.eager_encoder",
+        "peft_deploy.families.eager_encoder_decoder",
         "peft_deploy.families.eager_repairs",
         "peft_deploy.families.standins",
         "peft_deploy.workflows.export_layer",
