@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,16 @@ class Genai:
         self._adapters.load(str(path), path.stem)
 
     def tokens(
-        self, prompts: Sequence[Sequence[int]], steps: int, adapter: str | Sequence[str] = ()
+        self,
+        prompts: Sequence[Sequence[int]],
+        steps: int,
+        adapter: str | Sequence[str] = (),
+        inputs: Mapping[str, np.ndarray] | None = None,
     ) -> list[list[int]]:
-        """New tokens of each prompt, in one batch padded on the right; end tokens are left out."""
+        """New tokens of each prompt, in one batch padded on the right; end tokens are left out.
+
+        ``inputs`` are further ones of the graph.
+        """
         width = max(map(len, prompts))
         ids = [[*prompt, *[self._pad] * (width - len(prompt))] for prompt in prompts]
         params = self._og.GeneratorParams(self._model)
@@ -44,6 +51,8 @@ class Genai:
         generator = self._og.Generator(self._model, params)
         for name in [adapter] if isinstance(adapter, str) else adapter:
             generator.set_active_adapter(self._adapters, name)
+        for name, array in (inputs or {}).items():
+            generator.set_model_input(name, array)
         generator.append_tokens(np.array(ids, np.int32))
         while not generator.is_done():
             generator.generate_next_token()
