@@ -22,7 +22,7 @@ from peft_deploy.inspection import (
     PrefixInspection,
     TensorTotals,
 )
-from peft_deploy.signature import TensorSpec, past_names, present_names
+from peft_deploy.signature import TensorSpec, cross_names, past_names, present_names
 from peft_deploy.weights.rounding import ROUNDING_LIMIT, lossy
 
 _SHOWN = 12  # files, replaced tensors and operators in one list; the rest is counted
@@ -227,6 +227,7 @@ def _bundle(found: BundleInspection) -> RenderableType:
         ("operators", named + (f" and {more} more kinds" if more > 0 else "")),
         ("inputs", _specs(manifest.signature.inputs)),
         ("outputs", _specs(manifest.signature.outputs)),
+        *_encoder(found),
         ("parity", _parity(manifest.parity)),
         ("made with", ", ".join(f"{name} {v}" for name, v in manifest.versions.items())),
         ("manifest of", _written(found.path / MANIFEST)),
@@ -235,6 +236,21 @@ def _bundle(found: BundleInspection) -> RenderableType:
     if found.verified and not problems:
         problems = [Text("✓ every file and the graph are what the manifest says", "green")]
     return _sheet("bundle", found.path, rows, _files(found), *problems)
+
+
+def _encoder(found: BundleInspection) -> Rows:
+    """The graph that is run before, where there is one."""
+    encoder = found.manifest.encoder
+    if encoder is None:
+        return []
+    return [
+        (
+            "encoder",
+            f"{found.encoder_nodes:,} nodes; the text begins with {encoder.start_token_id}",
+        ),
+        ("… inputs", _specs(encoder.signature.inputs)),
+        ("… outputs", _specs(encoder.signature.outputs)),
+    ]
 
 
 def _slots(graph: Mapping[str, Any]) -> str:
@@ -290,14 +306,17 @@ def _place(entry: Mapping[str, Any]) -> str:
 
 
 def _specs(specs: tuple[TensorSpec, ...]) -> str:
-    """One line each; of the cache, that of its first layer."""
-    cache = {*past_names(len(specs)), *present_names(len(specs))}
-    lines = [_spec(spec) for spec in specs if spec.name not in cache]
-    layers = [spec for spec in specs if spec.name in cache]
-    lines += [_spec(spec) for spec in layers[:2]]
-    if len(layers) > 2:
-        others = len(layers) // 2 - 1
-        lines.append(f"… and the same for {others} more layer{'s' if others > 1 else ''}")
+    """One line each; of what every layer has, that of the first."""
+    count = len(specs)
+    families = [cross_names(count), [*past_names(count), *present_names(count)]]
+    layered = {name for names in families for name in names}
+    lines = [_spec(spec) for spec in specs if spec.name not in layered]
+    for names in families:
+        layers = [spec for spec in specs if spec.name in names]
+        lines += [_spec(spec) for spec in layers[:2]]
+        if len(layers) > 2:
+            others = len(layers) // 2 - 1
+            lines.append(f"… and the same for {others} more layer{'s' if others > 1 else ''}")
     return "\n".join(lines)
 
 

@@ -28,6 +28,8 @@ REAL_LENGTH = 32
 EDGE_LENGTH = 5
 DECODE_STEPS = 3
 LAST = "last positions"
+DISTANT = "distant tokens"
+DISTANT_LENGTH = 160  # beyond the distances that models with a bias for each of them tell apart
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,15 +194,18 @@ def build_matrix(
     # Without position_ids a token's position is its place: only a text that long would reach the last ones.
     reaches = POSITION_IDS in signature.input_names
     edge = [draw(LAST, EDGE_LENGTH, start=max_positions - EDGE_LENGTH)] if reaches else []
+    # Nothing else in the check brings two tokens of such a decoder as far apart.
+    far = [draw(DISTANT, min(DISTANT_LENGTH, max_positions))] if reads and not reaches else []
     pad_id = int(rng.integers(0, vocab_size))
     cases = [
         *_plain(shuffled, prose),
         *_padded(shuffled),
         *_cached(shuffled, prose),
         *_at_end(edge),
+        *_distant(far),
     ]
     return CaseMatrix(
-        texts=(*shuffled, prose, *edge),
+        texts=(*shuffled, prose, *edge, *far),
         cases=tuple(replace(case, pad_id=pad_id) for case in cases),
     )
 
@@ -337,6 +342,20 @@ def _at_end(edge: list[Text]) -> list[Case]:
     return [
         _case(LAST, LAST, edge, whole(edge)),
         _case(LAST, "decode at the last positions", edge, whole(edge), (EDGE_LENGTH - 1, 1)),
+    ]
+
+
+def _distant(far: list[Text]) -> list[Case]:
+    steps = (1,) * DECODE_STEPS
+    return [
+        case
+        for text in far
+        for case in (
+            _case(DISTANT, DISTANT, [text], whole([text])),
+            _case(
+                DISTANT, "decode far on", [text], whole([text]), (len(text) - len(steps), *steps)
+            ),
+        )
     ]
 
 
