@@ -21,7 +21,7 @@ from peft_deploy.bundle import Manifest
 from peft_deploy.bundle.slots import read_slots
 from peft_deploy.cli import cli
 from peft_deploy.config.export import ExportOptions
-from peft_deploy.errors import AdapterError, ConfigError
+from peft_deploy.errors import AdapterError
 from peft_deploy.inspection import inspect_bundle
 from peft_deploy.runtime import GenerationOptions, OnnxRunner, Session
 from peft_deploy.signature import ATTENTION_MASK, INPUT_IDS, POSITION_IDS
@@ -220,6 +220,7 @@ def test_other_families(name: str, tmp_path: Path) -> None:
         (["--adapter-bank", 3, "--slot-rank", 8], "leave --slot-rank out"),
         (["--adapter-bank", 3, "--prefix-slots"], "leave --prefix-slots out"),
         (["--adapter-bank", 3, "--format", "paddle"], "static format does not have"),
+        (["--adapter-bank", 3, "--signature", "s.json"], "--adapter-bank needs to know the model"),
         (["--adapter-bank", 1], "2 adapters were given (a, b) for a bank of 1"),
     ],
 )
@@ -231,13 +232,6 @@ def test_options_that_contradict_each_other(
     assert result.exit_code == 2, result.stderr
     assert message in " ".join(result.stderr.split())
     assert not (tmp_path / "o").exists()
-
-
-def test_a_layer_that_no_family_knows_has_no_bank() -> None:
-    from peft_deploy.workflows.layer_source import check_layer_options
-
-    with pytest.raises(ConfigError, match="--adapter-bank needs to know the model"):
-        check_layer_options(ExportOptions(adapter_bank=2), None)
 
 
 def test_bench_measures_off_on_and_merged(bank: Path, merged_bundle: Path) -> None:
