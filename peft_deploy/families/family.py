@@ -60,7 +60,10 @@ class Family(ABC):
 
     @abstractmethod
     def names(self, config: Mapping[str, Any]) -> NameMap:
-        """Hugging Face tensor names ↔ PaddleNLP parameter names, of all parameters of a model with this config."""
+        """Hugging Face tensor names ↔ PaddleNLP parameter names, of all parameters of a model with this config.
+
+        An architecture alone has to do: weights without a config.json are recognized by these names.
+        """
 
     def tied(self, config: Mapping[str, Any]) -> Mapping[str, str]:
         """PaddleNLP parameter → the parameter whose storage it shares."""

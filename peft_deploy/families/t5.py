@@ -45,10 +45,11 @@ class T5(EncoderDecoderFamily):
 
     def names(self, config: Mapping[str, Any]) -> T5Names:
         """See :meth:`Family.names`."""
+        layers = entry(config, "num_layers", "num_hidden_layers", default=None)
         return T5Names(
             gated=_feed_forward(config).startswith("gated"),
-            encoder_layers=entry(config, "num_layers", "num_hidden_layers"),
-            decoder_layers=_decoder_layers(config),
+            encoder_layers=layers,
+            decoder_layers=entry(config, "num_decoder_layers", default=layers),
         )
 
     def tied(self, config: Mapping[str, Any]) -> Mapping[str, str]:

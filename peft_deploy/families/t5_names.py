@@ -24,11 +24,13 @@ class T5Names(NameMap):
 
     Args:
         gated: whether feed-forward blocks have a gate.
-        encoder_layers: of the encoder.
-        decoder_layers: of the decoder.
+        encoder_layers: of the encoder; None where the configuration does not say.
+        decoder_layers: likewise, of the decoder.
     """
 
-    def __init__(self, *, gated: bool, encoder_layers: int, decoder_layers: int) -> None:
+    def __init__(
+        self, *, gated: bool, encoder_layers: int | None, decoder_layers: int | None
+    ) -> None:
         super().__init__(_rules(gated=gated), _IGNORED)
         self._layers = {ENCODER: encoder_layers, DECODER: decoder_layers}
 
@@ -36,7 +38,7 @@ class T5Names(NameMap):
         """See :meth:`NameMap.indexed`; each half has its own number of layers, whatever is given."""
         halves = {half.removeprefix(ROOT): n for half, n in self._layers.items()}
         name = template.removeprefix(ROOT)
-        own = (n for half, n in halves.items() if name.startswith(half))
+        own = (n for half, n in halves.items() if n is not None and name.startswith(half))
         return super().indexed(template, next(own, num_layers))
 
 

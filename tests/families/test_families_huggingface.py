@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from peft_deploy.base import open_base
 from peft_deploy.base.dygraph import build_skeleton, load_model, unique_parameters
 from peft_deploy.errors import CheckpointError
-from peft_deploy.families import find_family
+from peft_deploy.families import find_family, known_architectures
 
 tiny = load_recipe("tiny")
 IDS = np.array([3, 17, 99, 130, 4, 4, 60, 8, 21])
@@ -239,3 +239,11 @@ def test_a_fused_projection_takes_no_gpt2_checkpoint(tmp_path: Path) -> None:
     (base / "config.json").write_text(json.dumps({**config, "fuse_attention_qkv": True}))
     with pytest.raises(CheckpointError, match=r"qkv_proj(.|\n)*c_attn"):
         open_base(base).check_names()
+
+
+@pytest.mark.parametrize("architecture", known_architectures())
+def test_an_architecture_alone_has_names(architecture: str) -> None:
+    """By them ``inspect`` recognizes weights that lie without a config.json."""
+    config = {"architectures": [architecture]}
+    paddle_names = [rule.paddle for rule in find_family(config).names(config).rules]
+    assert any("{i}" in name for name in paddle_names)
