@@ -117,7 +117,7 @@ def read_for_slots(
         )
     expected = model_version(fingerprint)
     if file.model_version in UNKNOWN_BASE:
-        warnings.warn(f"{path} does not say which base model it is for", stacklevel=3)
+        warnings.warn(f"{path} does not say which base model it is for", stacklevel=4)
     elif file.model_version != expected:
         raise AdapterError(
             f"the adapter {path} is for another base model: its model_version is "
