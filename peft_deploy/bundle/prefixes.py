@@ -15,7 +15,13 @@ import numpy as np
 
 from peft_deploy.adapters.formats.peft_writer import ArraySource
 from peft_deploy.errors import AdapterError, CheckpointError, listed
-from peft_deploy.signature import PREFIX_OFFSET, GraphSignature, TensorSpec, prefix_names
+from peft_deploy.signature import (
+    PREFIX_OFFSET,
+    GraphSignature,
+    TensorSpec,
+    past_names,
+    prefix_names,
+)
 from peft_deploy.weights.merged import adapter_fingerprint
 from peft_deploy.weights.safetensors_file import SafetensorsFile
 from peft_deploy.weights.source import Array
@@ -28,6 +34,15 @@ FORMAT_VERSION = 1
 
 _FORMAT, _VERSION = "format", "format_version"
 _BASE, _FINGERPRINT, _OFFSET = "base_fingerprint", "fingerprint", "position_offset"
+
+
+@dataclass(frozen=True)
+class _Header:
+    """Fingerprints of the base model and of the prefix, and how far it moves positions."""
+
+    base: str
+    fingerprint: str
+    offset: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,39 +128,57 @@ def read_prefix_file(
         AdapterError: no such file, a damaged one or of another kind, a prefix of another base model, other layers,
             heads or element type than the graph's, NaN or infinity, or no room for a text behind it.
     """
-    metadata, past = _load(path)
-    if metadata.get(_FORMAT) != FORMAT:
+    header, past = _load(path)
+    if header.base != base_fingerprint:
         raise AdapterError(
-            f"{path} is not a bundle's prefix; its header has {_FORMAT} {metadata.get(_FORMAT)!r}",
-            hint="give a prefix adapter to peft-deploy export, which writes such files",
-        )
-    try:
-        version, offset = int(metadata[_VERSION]), int(metadata[_OFFSET])
-        base, fingerprint = metadata[_BASE], metadata[_FINGERPRINT]
-    except (KeyError, ValueError) as exc:
-        raise AdapterError(f"the header of {path} is damaged: {exc}") from exc
-    if version > FORMAT_VERSION:
-        raise AdapterError(
-            f"{path} has {_VERSION} {version}; this release reads up to {FORMAT_VERSION}",
-            hint="update peft-deploy",
-        )
-    if base != base_fingerprint:
-        raise AdapterError(
-            f"the prefix {path} is for the base model with fingerprint {base[:12]}; "
+            f"the prefix {path} is for the base model with fingerprint {header.base[:12]}; "
             f"the bundle's has {base_fingerprint[:12]}",
             hint="export the prefix together with its own base model",
         )
     check_prefix(past, signature, str(path), context_length)
-    prefix = Prefix(path.name.removesuffix(PREFIX_SUFFIX), past, offset)
-    if prefix.fingerprint != fingerprint:
+    return _unchanged(path, past, header)
+
+
+def read_prefix_alone(path: Path) -> tuple[str, Prefix]:
+    """Reads a prefix that is compared with no graph.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The fingerprint of the base model that it is for, and the prefix.
+
+    Raises:
+        AdapterError: no such file, a damaged one or of another kind, or layers that do not go together.
+    """
+    header, past = _load(path)
+    shapes = sorted({array.shape for array in past.values()})
+    if len(shapes) != 1 or len(shapes[0]) != 4 or set(past) != set(past_names(len(past) // 2)):
+        raise AdapterError(
+            f"{path} holds no whole prefix: {listed(past)}\nof the shapes {', '.join(map(str, shapes))}"
+        )
+    return header.base, _unchanged(path, past, header)
+
+
+def is_prefix_file(path: Path) -> bool:
+    """Whether a file is one that :func:`write_prefix_file` writes, by its header."""
+    try:
+        return SafetensorsFile(path).metadata.get(_FORMAT) == FORMAT
+    except (CheckpointError, OSError):
+        return False
+
+
+def _unchanged(path: Path, past: Mapping[str, Array], header: _Header) -> Prefix:
+    prefix = Prefix(path.name.removesuffix(PREFIX_SUFFIX), past, header.offset)
+    if prefix.fingerprint != header.fingerprint:
         raise AdapterError(
             f"{path} is damaged: its values have the fingerprint {prefix.fingerprint[:12]}, "
-            f"its header says {fingerprint[:12]}",
+            f"its header says {header.fingerprint[:12]}",
             hint="copy the bundle again, or export it again",
         )
-    if offset not in (0, prefix.num_tokens):
+    if header.offset not in (0, prefix.num_tokens):
         raise AdapterError(
-            f"the header of {path} moves positions by {offset}; "
+            f"the header of {path} moves positions by {header.offset}; "
             f"it can be 0 or the prefix's {prefix.num_tokens} tokens"
         )
     return prefix
@@ -252,7 +285,7 @@ def _fits(array: Array, spec: TensorSpec) -> bool:
     )
 
 
-def _load(path: Path) -> tuple[Mapping[str, str], dict[str, Array]]:
+def _load(path: Path) -> tuple[_Header, dict[str, Array]]:
     if not path.is_file():
         raise AdapterError(f"there is no prefix at {path}")
     try:
@@ -260,7 +293,26 @@ def _load(path: Path) -> tuple[Mapping[str, str], dict[str, Array]]:
         arrays = {name: np.array(file.read(name)) for name in sorted(file.names(), key=_in_order)}
     except CheckpointError as exc:
         raise AdapterError(f"the prefix {exc.message}", hint=exc.hint) from exc
-    return file.metadata, arrays
+    return _read_header(path, file.metadata), arrays
+
+
+def _read_header(path: Path, metadata: Mapping[str, str]) -> _Header:
+    if metadata.get(_FORMAT) != FORMAT:
+        raise AdapterError(
+            f"{path} is not a bundle's prefix; its header has {_FORMAT} {metadata.get(_FORMAT)!r}",
+            hint="give a prefix adapter to peft-deploy export, which writes such files",
+        )
+    try:
+        version, offset = int(metadata[_VERSION]), int(metadata[_OFFSET])
+        header = _Header(metadata[_BASE], metadata[_FINGERPRINT], offset)
+    except (KeyError, ValueError) as exc:
+        raise AdapterError(f"the header of {path} is damaged: {exc}") from exc
+    if version > FORMAT_VERSION:
+        raise AdapterError(
+            f"{path} has {_VERSION} {version}; this release reads up to {FORMAT_VERSION}",
+            hint="update peft-deploy",
+        )
+    return header
 
 
 def _in_order(name: str) -> tuple[int, str]:

@@ -139,9 +139,12 @@ def _adapter(found: AdapterInspection) -> RenderableType:
 def _prefix(found: PrefixInspection) -> RenderableType:
     width = "" if found.projection_size is None else f" of width {found.projection_size}"
     caches = "compared with the weights" if found.pre_caches else "not there"
+    evaluated = found.position_offset is not None
     rows: Rows = [
         ("method", f"{found.method}{width}, {found.num_tokens} prefix tokens"),
-        ("dropout", f"{found.dropout:g} in training"),
+        ("base model", found.base_name or "not recorded")
+        if evaluated
+        else ("dropout", f"{found.dropout:g} in training"),
         (
             "for models of",
             f"{found.num_layers} layers, {found.num_kv_heads} key and value heads of "
@@ -150,12 +153,14 @@ def _prefix(found: PrefixInspection) -> RenderableType:
         ("values", _parameters(found.stored) + ", all finite"),
         (
             "keys and values",
-            f"norm {found.norm:.4g}, {decimal(found.cache_bytes)} in a cache; "
-            f"pre_caches.npy {caches}",
+            f"norm {found.norm:.4g}, {decimal(found.cache_bytes)} in a cache"
+            + ("" if evaluated else f"; pre_caches.npy {caches}"),
         ),
         ("files", _sizes("", found.files)),
         ("fingerprint", found.fingerprint[:_SHORT]),
-        ("provenance", _provenance(found.provenance)),
+        ("positions", f"those of a text begin at {found.position_offset}")
+        if evaluated
+        else ("provenance", _provenance(found.provenance)),
     ]
     return _sheet("prefix", found.path, rows)
 

@@ -15,6 +15,7 @@ from peft_deploy.errors import CheckpointError, listed
 from peft_deploy.inspection.adapter import AdapterInspection, inspect_adapter
 from peft_deploy.inspection.bundle import BundleInspection, inspect_bundle
 from peft_deploy.inspection.checkpoint import CheckpointInspection, inspect_checkpoint
+from peft_deploy.inspection.evaluated_prefix import inspect_evaluated_prefix, is_evaluated_prefix
 from peft_deploy.inspection.foreign import inspect_foreign, is_foreign
 from peft_deploy.inspection.prefix import PrefixInspection, inspect_prefix
 from peft_deploy.weights.checkpoint import WEIGHT_FILES
@@ -47,7 +48,7 @@ def inspect(
 
     Args:
         path: a base model's folder, a file of weights, an adapter's folder or a bundle's; also the
-            file that makes a folder one of these.
+            file that makes a folder one of these, and the adapter files and prefixes of a bundle.
         verify: of a bundle, also hash every file and compare the graph with the manifest.
 
     Raises:
@@ -67,7 +68,7 @@ def inspect(
     if kind is Kind.ADAPTER:
         return inspect_foreign(place) if is_foreign(place) else inspect_adapter(place)
     if kind is Kind.PREFIX:
-        return inspect_prefix(place)
+        return inspect_prefix(place) if place.is_dir() else inspect_evaluated_prefix(place)
     return inspect_checkpoint(place)
 
 
@@ -99,6 +100,8 @@ def kind_of(path: Path) -> tuple[Kind, Path]:
 
 def _kind_of_file(path: Path) -> tuple[Kind, Path]:
     folder = path.parent
+    if is_evaluated_prefix(path):
+        return Kind.PREFIX, path
     if is_foreign(path):
         return Kind.ADAPTER, path
     if path.name == PEFT_WEIGHTS_NAME and is_foreign(folder):

@@ -20,14 +20,15 @@ class PrefixInspection:
     """A prefix on disk; reading it has checked its shapes, and that every value is finite.
 
     Args:
-        path: the folder.
-        method: ``prefix``, or ``prefix (projection)`` when an MLP makes keys and values.
+        path: the folder, or the file of an evaluated prefix.
+        method: ``prefix``, or ``prefix (projection)`` when an MLP makes keys and values, or ``prefix (evaluated)``
+            when only keys and values are left.
         num_tokens: P.
         num_layers: L of the base model.
         num_kv_heads: K of the base model.
         head_dim: D of the base model.
         projection_size: the width inside the projection; None without one.
-        dropout: while training.
+        dropout: while training; None for an evaluated prefix.
         stored: what the file holds.
         files: the prefix's files.
         cache_bytes: what keys and values of one sequence take, 2·L·K·P·D elements.
@@ -35,6 +36,8 @@ class PrefixInspection:
         pre_caches: whether pre_caches.npy is there; it has been compared with the weights then.
         fingerprint: identifies the prefix.
         provenance: what the folder says of its origin; None when it says nothing.
+        base_name: what the file of an evaluated prefix says of the base model.
+        position_offset: what an evaluated prefix adds to the positions of a text.
     """
 
     path: Path
@@ -44,7 +47,7 @@ class PrefixInspection:
     num_kv_heads: int
     head_dim: int
     projection_size: int | None
-    dropout: float
+    dropout: float | None
     stored: TensorTotals
     files: tuple[FileSize, ...]
     cache_bytes: int
@@ -52,6 +55,8 @@ class PrefixInspection:
     pre_caches: bool
     fingerprint: str
     provenance: Mapping[str, Any] | None
+    base_name: str | None = None
+    position_offset: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready form."""
