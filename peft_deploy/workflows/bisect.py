@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from peft_deploy.bundle import Manifest
+from peft_deploy.bundle.adapter_bank import bank_capacity
 from peft_deploy.config.export import ONNX
 from peft_deploy.errors import ConfigError
 from peft_deploy.parity.bisect import Finding, Weight, locate, write_reproduction
@@ -30,10 +31,15 @@ def check_bisectable(manifest: Manifest) -> None:
     """Passes when a bundle can be looked into.
 
     Raises:
-        ConfigError: it is not in ONNX format, of a layer that no family knows, or has two graphs.
+        ConfigError: it is not in ONNX format, of a layer that no family knows, has two graphs, or a bank of adapters.
     """
     if manifest.encoder is not None:
         raise ConfigError("only bundles of one graph can be bisected; this one has two")
+    if bank_capacity(manifest.graph) is not None:
+        raise ConfigError(
+            "a bundle with a bank of adapters cannot be bisected",
+            hint="export the same model with --adapters runtime",
+        )
     if manifest.format != ONNX or manifest.layer is not None:
         raise ConfigError(
             "only ONNX bundles of a known family can be bisected; this one is "

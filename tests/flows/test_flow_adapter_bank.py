@@ -21,7 +21,7 @@ from peft_deploy.bundle import Manifest
 from peft_deploy.bundle.slots import read_slots
 from peft_deploy.cli import cli
 from peft_deploy.config.export import ExportOptions
-from peft_deploy.errors import AdapterError
+from peft_deploy.errors import AdapterError, ConfigError
 from peft_deploy.inspection import inspect_bundle
 from peft_deploy.runtime import GenerationOptions, OnnxRunner, Session
 from peft_deploy.signature import ATTENTION_MASK, INPUT_IDS, POSITION_IDS
@@ -155,6 +155,11 @@ def test_each_adapter_is_checked_by_itself(
     assert [title for title, part in report.parts.items() if not part.passed] == [
         "adapter attention"
     ]
+
+
+def test_a_bank_is_not_bisected(bank: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="a bank of adapters cannot be bisected"):
+        validate(bank, tiny_llama, bisect=tmp_path / "found")
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="onnxruntime-genai needs Python 3.11")

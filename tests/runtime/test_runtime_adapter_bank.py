@@ -178,6 +178,20 @@ def test_adapters_come_and_go_beside_requests(
     assert wrong == []
 
 
+def test_all_rows_begin_behind_one_prefix(session: Session) -> None:
+    rng = np.random.default_rng(8)
+    prefix = {
+        spec.name: rng.normal(size=(1, tiny_graph.K, 3, tiny_graph.D)).astype(np.float32)
+        for spec in session.signature.past
+    }
+    options = GenerationOptions(max_new_tokens=STEPS)
+    results = session.generate(PROMPTS, options, adapters=ROWS, prefix=prefix)
+    for name, prompt, result in zip(ROWS, PROMPTS, results, strict=True):
+        (alone,) = session.generate([prompt], options, adapter=name, prefix=prefix)
+        (without,) = session.generate([prompt], options, adapter=name)
+        assert result.token_ids == alone.token_ids != without.token_ids
+
+
 def test_a_full_bank_takes_no_more(session: Session, files: dict[str, Path]) -> None:
     before = logits(session, 4, adapters=ROWS)
     session.load_adapter(files["wide"], "fourth")
