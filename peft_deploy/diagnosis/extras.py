@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -91,8 +92,11 @@ def _version(name: str) -> str | None:
 
 
 def own_requirements() -> tuple[Requirement, ...]:
-    """What this distribution says it needs."""
-    return tuple(Requirement.parse(line) for line in metadata.requires(DISTRIBUTION) or ())
+    """What this distribution says it needs under the Python that runs."""
+    lines = metadata.requires(DISTRIBUTION) or ()
+    found = (Requirement.parse(line) for line in lines)
+    python = ".".join(platform.python_version_tuple()[:2])  # what a marker's python_version means
+    return tuple(r for r in found if fits(python, r.python))
 
 
 def names_of_interest(requirements: Sequence[Requirement]) -> list[str]:

@@ -16,8 +16,11 @@ _VERSION = re.compile(
 _PHASES = {"dev": 0, "a": 1, "alpha": 1, "b": 2, "beta": 2, "rc": 3, "c": 3, "post": 5}
 _FINAL = 4
 _REQUIREMENT = re.compile(
-    r"(?P<name>[A-Za-z0-9][\w.-]*?)\s*(?P<bounds>[<>=!~].*?)?"
-    r"(?:\s*;\s*extra\s*==\s*['\"](?P<extra>[\w-]+)['\"])?"
+    r"(?P<name>[A-Za-z0-9][\w.-]*?)\s*(?P<bounds>[<>=!~][^;]*?)?\s*(?:;\s*(?P<marker>.+))?"
+)
+_MARKER = re.compile(
+    r"(?:python_version\s*(?P<operator>[<>=!]+)\s*['\"](?P<python>[\d.]+)['\"])?(?:\s+and\s+)?"
+    r"(?:extra\s*==\s*['\"](?P<extra>[\w-]+)['\"])?"
 )
 _BOUND = re.compile(r"(==|!=|<=|>=|<|>)\s*([\w.+!-]+)")
 _OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
@@ -40,11 +43,13 @@ class Requirement:
         name: of the distribution, in lower case with hyphens.
         bounds: ``">=1.26"``, several with commas, or empty.
         extra: the extra it belongs to; None for the base install.
+        python: bounds of the Python versions that need it, or empty.
     """
 
     name: str
     bounds: str
     extra: str | None = None
+    python: str = ""
 
     @classmethod
     def parse(cls, line: str) -> Requirement:
@@ -54,11 +59,14 @@ class Requirement:
             ValueError: a form that this distribution's own metadata does not use.
         """
         match = _REQUIREMENT.fullmatch(line.strip())
-        if match is None:
+        marker = None if match is None else _MARKER.fullmatch((match["marker"] or "").strip())
+        if match is None or marker is None:
             raise ValueError(f"the requirement {line!r} cannot be understood")
         bounds = (match["bounds"] or "").replace(" ", "")
-        fits("0", bounds)  # so that bounds that cannot be understood show here
-        return cls(canonical_name(match["name"]), bounds, match["extra"])
+        python = f"{marker['operator']}{marker['python']}" if marker["python"] else ""
+        for given in (bounds, python):
+            fits("0", given)  # so that bounds that cannot be understood show here
+        return cls(canonical_name(match["name"]), bounds, marker["extra"], python)
 
     def __str__(self) -> str:
         return self.name + self.bounds

@@ -7,6 +7,7 @@ import itertools
 import pytest
 
 from peft_deploy.diagnosis import Requirement, fits, version_key
+from peft_deploy.diagnosis import extras
 from peft_deploy.diagnosis.extras import own_requirements
 
 IN_ORDER = [
@@ -68,6 +69,11 @@ def test_what_is_no_version(text: str) -> None:
         ("onnx-ir<2,>=1.1", Requirement("onnx-ir", "<2,>=1.1")),
         ('onnxruntime_gpu>=1.23; extra == "gpu"', Requirement("onnxruntime-gpu", ">=1.23", "gpu")),
         ("jinja2 ; extra == 'dev'", Requirement("jinja2", "", "dev")),
+        ('a<2; python_version < "3.11"', Requirement("a", "<2", None, "<3.11")),
+        (
+            'a<2,>=1; python_version >= "3.11" and extra == "dev"',
+            Requirement("a", "<2,>=1", "dev", ">=3.11"),
+        ),
     ],
 )
 def test_requirements(line: str, expected: Requirement) -> None:
@@ -75,7 +81,15 @@ def test_requirements(line: str, expected: Requirement) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ['a>=1; python_version < "3.11"', "a~=1.2", "a @ https://example.org/a.whl", "a[b]>=1"]
+    "line",
+    [
+        'a>=1; sys_platform == "linux"',
+        'a; python_version < "3.11" or extra == "dev"',
+        'a; python_version ~= "3.11"',
+        "a~=1.2",
+        "a @ https://example.org/a.whl",
+        "a[b]>=1",
+    ],
 )
 def test_requirements_that_are_not_understood_are_not_guessed(line: str) -> None:
     with pytest.raises(ValueError, match="cannot be understood"):
@@ -87,3 +101,12 @@ def test_our_own_metadata_is_understood() -> None:
     assert (None, "numpy") in found and (None, "onnx-ir") in found
     assert ("cpu", "onnxruntime") in found and ("gpu", "onnxruntime-gpu") in found
     assert found["paddle", "paddlepaddle"].startswith("==")
+
+
+def test_what_another_python_needs_is_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = ['old; python_version < "3.11"', 'new; python_version >= "3.11"', "always"]
+    monkeypatch.setattr(extras.metadata, "requires", lambda name: lines)
+    for python, expected in (("3.10", ["old", "always"]), ("3.11", ["new", "always"])):
+        version = (*python.split("."), "7")
+        monkeypatch.setattr(extras.platform, "python_version_tuple", lambda v=version: v)
+        assert [r.name for r in own_requirements()] == expected
