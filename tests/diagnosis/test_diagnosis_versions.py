@@ -6,8 +6,7 @@ import itertools
 
 import pytest
 
-from peft_deploy.diagnosis import Requirement, fits, version_key
-from peft_deploy.diagnosis import extras
+from peft_deploy.diagnosis import Requirement, extras, fits, version_key
 from peft_deploy.diagnosis.extras import own_requirements
 
 IN_ORDER = [
