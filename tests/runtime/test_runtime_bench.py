@@ -7,12 +7,16 @@ import math
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tiny_graph
+import tiny_slots
 from click.testing import CliRunner
 
 from peft_deploy.cli import cli
 from peft_deploy.config.bench import BenchOptions
 from peft_deploy.errors import ConfigError
+from peft_deploy.runtime import caching, initial_cache
 from peft_deploy.workflows.bench import bench
 
 SMALL = {"prompt_tokens": (3, 5), "new_tokens": 2, "rounds": 2, "threads": 1}
@@ -58,6 +62,40 @@ def test_the_command_prints_a_table_or_json(bundle: Path) -> None:
     data = json.loads(result.stdout)
     assert [speed["lane"] for speed in data["speeds"]] == ["bundle"]
     assert data["options"]["prompt_tokens"] == [4]
+
+
+@pytest.mark.parametrize("bank", [None, 3])
+def test_slots_off_each_adapter_and_merged(
+    bank: int | None, bundle: Path, weights: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    """Every adapter is really on where it is measured."""
+    slotted = tiny_slots.add_slots(bundle, tmp_path / "slotted", bank=bank)
+    adapters = {
+        name: tiny_slots.make_adapter(weights, tiny_slots.everywhere(rank), seed=rank)
+        for name, rank in (("small", 2), ("large", 16))
+    }
+    for name, tensors in adapters.items():
+        tiny_slots.keep_adapter(slotted, name, tensors)
+    options = BenchOptions(prompt_tokens=(3,), new_tokens=1, rounds=1, threads=1)
+    report = bench([slotted, bundle], options=options)
+    names = ["slotted", "slotted + small", "slotted + large", "bundle"]
+    assert [lane.name for lane in report.lanes] == names
+    assert [speed.lane for speed in report.speeds] == names
+    for lane, change in zip(report.lanes, ([], ["small"], ["large"], []), strict=True):
+        changed = tiny_slots.merged(weights, [adapters[name] for name in change])
+        want = tiny_graph.reference_logits(changed, [5, 9, 77])
+        runner = caching(lane.runner)
+        cache = runner.load_cache(initial_cache(runner.signature, 1))
+        feeds = {
+            "input_ids": np.array([[5, 9, 77]]),
+            "attention_mask": np.ones((1, 3), np.int64),
+            "position_ids": np.arange(3)[None],
+        }
+        found, _ = runner.step(feeds, cache)
+        np.testing.assert_allclose(found[0], want, atol=1e-5 * np.abs(want).max())
+    chosen = BenchOptions(**{**SMALL, "adapters": ("large",)})  # type: ignore[arg-type]
+    lanes = bench([slotted, bundle], options=chosen).lanes
+    assert [lane.name for lane in lanes] == ["slotted", "slotted + large", "bundle"]
 
 
 @pytest.mark.parametrize(
