@@ -73,17 +73,19 @@ def measure(name: str, folder: Path) -> Cells:
         PeftDeployError: an export failed or did not pass its check.
     """
     from peft_deploy.base import open_base
-    from peft_deploy.families import DecoderFamily
+    from peft_deploy.families import DecoderFamily, EncoderDecoderFamily
 
     recipe = tiny()
     base = recipe.make(folder / "base", name)
+    family = open_base(base).family
     adapters = [f"lora={recipe.make_lora(folder / 'lora', base)}"]
-    if isinstance(open_base(base).family, DecoderFamily):
+    if isinstance(family, DecoderFamily):
         adapters.append(f"prefix={recipe.make_prefix(folder / 'prefix', base)}")
     cells: dict[tuple[str, str], float] = {}
     for format in (ONNX, PADDLE):
         cells |= _merged(base, adapters, format, folder)
-    cells[RUNTIME, ONNX] = _at_run_time(base, adapters, folder)
+    if not isinstance(family, EncoderDecoderFamily):  # two graphs, which one file cannot fill
+        cells[RUNTIME, ONNX] = _at_run_time(base, adapters, folder)
     return cells
 
 
@@ -97,8 +99,9 @@ def _merged(
     report = _report(peft_deploy.export(base, folder / format, adapter=adapters, options=options))
     cells = {(MERGED, format): worst(report)}
     for title, part in report.parts.items():
-        assert title.startswith("prefix"), title
-        cells[PREFIX, format] = worst(part)
+        # Other parts are of the model itself, such as its encoder.
+        way = PREFIX if title.startswith("prefix") else MERGED
+        cells[way, format] = max(worst(part), cells.get((way, format), 0.0))
     return cells
 
 
