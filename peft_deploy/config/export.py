@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from peft_deploy.config.matching import match_pattern
 from peft_deploy.errors import ConfigError
 
 ONNX, PADDLE = "onnx", "paddle"
@@ -32,8 +33,8 @@ class ExportOptions:
             (``adapter_ids``); implies ``adapters="runtime"``. None for one adapter at a time.
         format: ``"onnx"``, or ``"paddle"`` for Paddle's static format (``model.json``, ``model.pdiparams``).
         opset: version of the default ONNX operator set; not used for Paddle's format.
-        pooling: of the sentence embeddings that an encoder without a head gives beside its hidden states: ``"mean"`` or
-            ``"cls"``, ``"none"`` for none of them; None does what the model's folder says.
+        pooling: of the sentence embeddings that an encoder without a head gives beside its hidden states:
+            ``"mean"`` or ``"cls"``, ``"none"`` for none of them; None does what the model's folder says.
         prefix_slots: give the graph inputs for a prefix with an empty default, so that a prefix can be an
             ``.onnx_adapter`` file.
         validate: check the bundle against the dynamic graph before it is put in place.
@@ -119,6 +120,8 @@ class ExportOptions:
                 "slots are for adapters that are kept apart from the weights",
                 hint="add --adapters runtime",
             )
+        if self.slots is not None:
+            match_pattern(self.slots, ())  # refuses what cannot be read, before any work
         if self.slot_rank is not None and self.slot_rank < 1:
             raise ConfigError(
                 f"slots of rank {self.slot_rank} were asked for; it must be at least 1"
