@@ -1,0 +1,245 @@
+"""Good bundles of small models, and the check of broken copies of them.
+
+What the reference says is measured once a bundle; a broken copy is held to it by the gate as it is, case matrix,
+limits and generation, and then looked into as ``validate --bisect`` does.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from bundle_edits import Array
+
+import peft_deploy
+from peft_deploy.bundle import Manifest
+from peft_deploy.bundle.adapter_files import adapter_path
+from peft_deploy.bundle.prefixes import Prefix, prefix_path, read_prefix_file
+from peft_deploy.config.export import RUNTIME, ExportOptions
+from peft_deploy.parity import ParityReport, Prompt, Scores, check_expectation, score_tokens
+from peft_deploy.parity.bisect import Finding
+from peft_deploy.parity.prefixed import PrefixedRunner
+from peft_deploy.parity.recording import Recording
+from peft_deploy.parity.reference import PaddleReference
+from peft_deploy.progress import Silent
+from peft_deploy.runtime import Runner, Session, open_runner
+from peft_deploy.workflows.bisect import with_finding
+from peft_deploy.workflows.check_extras import CheckExtras
+from peft_deploy.workflows.sources import EXPORT_DTYPE, ExportSource, from_folders
+from peft_deploy.workflows.validate import check_bundle, check_runner
+
+LORA, PREFIX = "lora", "prefix"
+# subject → the small model that it is, and whether its adapter stays apart from the weights
+BUNDLES = {
+    "llama": ("llama", False),
+    "llama, LoRA at run time": ("llama", True),
+    "opt": ("opt", False),
+    "bloom": ("bloom", False),
+    "bert": ("bert-embedding", False),
+}
+BEHIND_PREFIX = "llama behind a prefix"
+SUBJECTS = (*BUNDLES, BEHIND_PREFIX)
+
+
+@dataclass(frozen=True, eq=False)
+class Verdict:
+    """What the gate and the search say of a bundle.
+
+    Args:
+        report: the gate's.
+        finding: the search's; None where it finds nothing or cannot look.
+    """
+
+    report: ParityReport
+    finding: Finding | None
+
+    @property
+    def used(self) -> float:
+        """The largest error in units of its limit; infinite where the graph does not run."""
+        if any(case.problem for case in self.report.cases):
+            return math.inf
+        assert self.report.worst is not None
+        return self.report.worst[2].used
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A good bundle and what it was made of.
+
+    Args:
+        name: one of :data:`SUBJECTS`.
+        folder: the bundle.
+        source: what it was made of.
+        reference: the model that was trained.
+        recording: what that says.
+    """
+
+    name: str
+    folder: Path
+    source: ExportSource
+    reference: PaddleReference
+    recording: Recording
+
+    @cached_property
+    def base(self) -> Mapping[str, Array]:
+        """Weight of the graph → the base model's."""
+        return {n: np.array(self.source.tensors.read(p)) for n, p in self._parameters().items()}
+
+    @cached_property
+    def merged(self) -> Mapping[str, Array]:
+        """Weight of the graph → what an export writes."""
+        source = self.source.merged(EXPORT_DTYPE)
+        return {n: np.array(source.read(p)) for n, p in self._parameters().items()}
+
+    def pair(self, weight: str) -> tuple[Array, Array, float]:
+        """A [in, R], B [R, out] and the scaling of the adapter of a weight."""
+        assert self.source.adapter is not None
+        adapter = self.source.adapter.adapter
+        module = self._parameters()[weight].removesuffix("weight")
+        found = [
+            next(v for n, v in adapter.state.items() if n.endswith(f"{module}lora_{m}"))
+            for m in "AB"
+        ]
+        return found[0], found[1], adapter.config.scaling
+
+    def _parameters(self) -> dict[str, str]:
+        names = self.source.family.names(self.source.config)
+        merged = self.source.merged(EXPORT_DTYPE)
+        mapped = {p: names.to_huggingface(p) for p in merged.names()}
+        return {m.name if m else p: p for p, m in mapped.items()}
+
+    def copy_to(self, folder: Path) -> Path:
+        """A copy to be broken."""
+        shutil.copytree(self.folder, folder)
+        return folder
+
+    def runner(self, folder: Path) -> Runner:
+        """What runs a copy, its adapter or prefix active."""
+        if self.name == BEHIND_PREFIX:
+            prefix = self.prefix(folder)
+            return PrefixedRunner(open_runner(folder), prefix)
+        if BUNDLES[self.name][1]:
+            session = Session(folder)
+            session.load_adapter(LORA)
+            return session.runner(LORA)
+        return open_runner(folder)
+
+    def prefix(self, folder: Path) -> Prefix:
+        """The prefix of a copy."""
+        manifest = Manifest.read(folder)
+        path = prefix_path(folder, PREFIX)
+        return read_prefix_file(path, manifest.signature, manifest.base["fingerprint"])
+
+    def adapter_file(self, folder: Path) -> Path:
+        """The adapter of a copy."""
+        return adapter_path(folder, LORA)
+
+    def check(self, folder: Path, runner: Runner | None = None) -> ParityReport:
+        """The gate's report of a copy."""
+
+        def judge(prompt: Prompt, tokens: Any) -> Scores:
+            return score_tokens(self.reference, prompt, tokens)
+
+        kept = self.recording
+        return check_expectation(
+            kept.expectation,
+            runner or self.runner(folder),
+            kept.prompts,
+            judge,
+            options=kept.options,
+        )
+
+    @property
+    def can_be_searched(self) -> bool:
+        """Whether there is a graph that is right alone, without files beside it."""
+        return BUNDLES.get(self.name, ("", True))[1] is False
+
+    def judge(self, folder: Path, output: Path) -> Verdict:
+        """The gate's report of a copy, and the search's if that fails."""
+        report = self.check(folder)
+        if report.passed or not self.can_be_searched:
+            return Verdict(report, None)
+        model, expectation = self.reference.model, self.recording.expectation
+        found = with_finding(report, folder, model, self.source, expectation, output)
+        return Verdict(report, found.finding)
+
+
+def make_bundle(
+    name: str, folder: Path, recipe: ModuleType, seed: int = 0
+) -> tuple[Path, ExportSource]:
+    """Makes a small model and its adapters and exports them.
+
+    Args:
+        name: a key of :data:`BUNDLES`.
+        folder: an empty folder.
+        recipe: models/tiny/make.py.
+        seed: of the weights.
+
+    Returns:
+        The bundle and what it was made of.
+    """
+    model, at_run_time = BUNDLES[name]
+    base = recipe.make(folder / "base", model, seed=seed)
+    adapters = [f"{LORA}={recipe.make_lora(folder / LORA, base, seed=seed + 7)}"]
+    if name == "llama":
+        adapters.append(f"{PREFIX}={recipe.make_prefix(folder / PREFIX, base, seed=seed + 9)}")
+    options = ExportOptions(validate=False, adapters=RUNTIME if at_run_time else None)
+    peft_deploy.export(base, folder / "bundle", adapter=adapters, options=options)
+    return folder / "bundle", from_folders(base, adapters, keep=at_run_time)
+
+
+def bundle_of(name: str) -> str:
+    """The bundle that a subject is a copy of."""
+    return "llama" if name == BEHIND_PREFIX else name
+
+
+def read_subject(name: str, folder: Path, source: ExportSource, seed: int = 0) -> Subject:
+    """Reads the reference of a good bundle.
+
+    Args:
+        name: one of :data:`SUBJECTS`.
+        folder: the bundle.
+        source: what it was made of.
+        seed: of the matrix's tokens.
+    """
+    extras = CheckExtras(record=True, bounded=False)
+    active = source.kept[0] if source.kept else source.adapter
+    assert active is not None
+    model = source.load_adapted(Silent(), active)
+    family, config = source.family, source.config
+    reference = PaddleReference(model, family, config)
+    subject = Subject(name, folder, source, reference, Recording("", None, (), (), None))  # type: ignore[arg-type]
+    if name == BEHIND_PREFIX:
+        reference = _behind_prefix(reference, source)
+        positions = family.dims(config).max_positions - source.prefixes[0].prefix.num_tokens
+        report = check_runner(
+            folder, reference, subject.runner(folder), positions, seed=seed, extras=extras
+        )
+    else:
+        runner = subject.runner(folder)
+        report = check_bundle(
+            folder, model, family, config, runner=runner, seed=seed, extras=extras
+        )
+    assert report.passed, report.summary()
+    assert report.effect is None or not report.effect.is_blind
+    return replace(subject, reference=reference, recording=extras.recordings[0])
+
+
+def _behind_prefix(reference: PaddleReference, source: ExportSource) -> PaddleReference:
+    from peft_deploy.adapters.prefix import PrefixModelForCausalLM
+    from peft_deploy.parity.prefix_reference import PrefixReference
+
+    named = source.prefixes[0]
+    inner = reference.model.model
+    prefixed = PrefixModelForCausalLM(inner, replace(named.adapter.config, dtype=None))
+    prefixed.set_state_dict(dict(named.adapter.state))
+    prefixed.eval()
+    offset = named.prefix.position_offset
+    return PrefixReference(prefixed, source.family, source.config, position_offset=offset)

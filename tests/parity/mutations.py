@@ -1,0 +1,78 @@
+"""Deliberate faults, each put into a copy of a good bundle.
+
+The gate has to see every one of them, and the search has to find those in a graph where they are. The few that the
+gate cannot see are here as well, marked as such, so that nobody takes it for more than it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from bundle_edits import Edit, GraphEdit
+from mutation_subjects import Subject
+
+Break = Callable[[Subject, Path], None]
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """A fault.
+
+    Args:
+        name: what is wrong, in words; unique.
+        subject: the bundle that it is put into.
+        apply: changes a copy of the bundle.
+        node: an operator that the search has to suspect; empty where it cannot look.
+        layer: the layer that it has to name; None for faults that are in no layer, or in all.
+        seen: whether the gate can see it.
+        runs: whether the graph still runs in every case.
+    """
+
+    name: str
+    subject: str
+    apply: Break
+    node: str = ""
+    layer: str | None = None
+    seen: bool = True
+    runs: bool = True
+
+
+def in_graph(*edits: Edit) -> Break:
+    """Changes of the graph and its weights."""
+
+    def apply(_: Subject, folder: Path) -> None:
+        graph = GraphEdit(folder)
+        for edit in edits:
+            edit(graph)
+        graph.save()
+
+    return apply
+
+
+def with_subject(edit: Callable[[Subject, GraphEdit], None]) -> Break:
+    """A change of the graph for which one has to know what the bundle was made of."""
+
+    def apply(subject: Subject, folder: Path) -> None:
+        graph = GraphEdit(folder)
+        edit(subject, graph)
+        graph.save()
+
+    return apply
+
+
+def catalogue() -> list[Mutation]:
+    """All faults, in the order of the document."""
+    from mutations_adapter import ADAPTER_MUTATIONS, FILE_MUTATIONS
+    from mutations_decoder import GRAPH_MUTATIONS
+    from mutations_families import FAMILY_MUTATIONS
+    from mutations_weights import WEIGHT_MUTATIONS
+
+    return [
+        *ADAPTER_MUTATIONS,
+        *WEIGHT_MUTATIONS,
+        *GRAPH_MUTATIONS,
+        *FAMILY_MUTATIONS,
+        *FILE_MUTATIONS,
+    ]
