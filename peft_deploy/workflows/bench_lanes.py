@@ -72,7 +72,8 @@ def _check_room(folder: Path, manifest: Manifest, options: BenchOptions) -> None
     if limit is not None and most > limit:
         raise ConfigError(
             f"prompts of {max(options.prompt_tokens)} tokens and {options.new_tokens} new ones make {most}; "
-            f"the model of {folder} can see {limit}"
+            f"the model of {folder} can see {limit}",
+            hint=f"--prompt-tokens and --new-tokens that add up to {limit} at most",
         )
 
 

@@ -203,7 +203,7 @@ def _source(
         source = from_memory(base, folder, keep=keep, pooling=options.pooling)
     check_adaptable(source.family, options)
     for named in source.kept:
-        check_keepable(named.adapter, source)
+        check_keepable(named.adapter, source, options.slot_rank)
     check_bank(source, options.adapter_bank)
     if options.prefix_slots:
         check_takes_prefixes(source)

@@ -28,14 +28,25 @@ if TYPE_CHECKING:
 _MERGE = "export it merged: peft-deploy export --merge"
 
 
-def check_keepable(adapter: Adapter, source: ExportSource) -> None:
+def check_keepable(adapter: Adapter, source: ExportSource, slot_rank: int | None = None) -> None:
     """Passes when slots of LoRA can hold everything that the adapter changes, as far as the graph does not matter.
 
+    Args:
+        adapter: one that is kept apart.
+        source: the model.
+        slot_rank: the rank of all slots; None where they take any.
+
     Raises:
-        AdapterError: it replaces whole parameters, is relative to other weights than the base's own, or does not
-            fit the base model.
+        AdapterError: it replaces whole parameters, is relative to other weights than the base's own, does not fit
+            the base model, or has a rank above that of the slots.
     """
     refuse_unmergeable(adapter)
+    rank = max((pair.rank for pair in adapter.pairs.values()), default=0)
+    if slot_rank is not None and rank > slot_rank:
+        raise AdapterError(
+            f"{adapter.path} has rank {rank}, and slots of rank {slot_rank} were asked for",
+            hint=f"--slot-rank {rank}, or leave it out for slots of any rank",
+        )
     if adapter.replacements:
         raise AdapterError(
             f"{adapter.path} replaces whole parameters, which slots for LoRA cannot take:\n"

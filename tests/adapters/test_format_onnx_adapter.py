@@ -203,13 +203,17 @@ def test_damaged_files(tmp_path: Path, adapter: Adapter) -> None:
     assert is_onnx_adapter(file)
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(AdapterError, match="is damaged"):
+    with pytest.raises(AdapterError, match="is damaged: onnxruntime cannot verify it") as caught:
         read_onnx_file(file)
+    assert "onnxruntime_src" not in str(caught.value)
     file.write_bytes(b"nothing at all")
     with pytest.raises(AdapterError, match=r"is not an \.onnx_adapter file"):
         read_onnx_file(file)
     with pytest.raises(AdapterError, match="does not exist"):
         read_onnx_file(tmp_path / "b")
+    with pytest.raises(AdapterError, match="is a folder") as caught:
+        read_onnx_file(tmp_path)
+    assert "adapter convert" in str(caught.value.hint)
 
 
 LIMITS: list[tuple[dict[str, Any], str, str]] = [

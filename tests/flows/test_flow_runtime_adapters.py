@@ -258,7 +258,7 @@ def test_slots_of_one_rank(
             with_fixed[1], with_any[1], atol=1e-5 * np.abs(with_any[1]).max()
         )
     tight = ExportOptions(adapters="runtime", slot_rank=4, validate=False)
-    with pytest.raises(AdapterError, match="has rank 5, its slot takes 4"):
+    with pytest.raises(AdapterError, match="has rank 5, and slots of rank 4"):
         peft_deploy.export(tiny_llama, tmp_path / "out", adapter=tiny_adapter, options=tight)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fixed"]
 
@@ -308,6 +308,7 @@ def test_what_slots_cannot_hold_is_refused_by_name(tiny_llama: Path, tmp_path: P
         (["--slots", "all-linear"], "kept apart from the weights"),
         (["--adapters", "runtime", "--merge"], "give one of the two"),
         (["--adapters", "runtime", "--slot-rank", 0], "at least 1"),
+        (["--adapters", "runtime", "--slots", "(q_proj", "--dry-run"], "valid regular expression"),
         (["--adapters", "runtime", "--format", "paddle"], "static format does not have"),
         ([], "--adapters runtime"),
     ],

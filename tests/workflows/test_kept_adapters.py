@@ -90,3 +90,18 @@ def test_an_adapter_of_another_model_does_not_fit(tiny_llama: Path, tmp_path: Pa
     (named,) = source.kept
     with pytest.raises(AdapterError, match=r"q_proj.*\[48, 56\].*\[48, 48\]"):
         check_keepable(named.adapter, source)
+
+
+@pytest.mark.parametrize(("rank", "fits"), [(None, True), (2, True), (1, False)])
+def test_a_rank_above_that_of_the_slots(
+    rank: int | None, fits: bool, tiny_llama: Path, tmp_path: Path
+) -> None:
+    folder = adapter(tmp_path / "a", "llama.layers.0.self_attn.q_proj", (HIDDEN, HIDDEN))
+    source = from_folders(tiny_llama, folder, keep=True)
+    (named,) = source.kept
+    if fits:
+        check_keepable(named.adapter, source, rank)
+        return
+    with pytest.raises(AdapterError, match="has rank 2, and slots of rank 1") as caught:
+        check_keepable(named.adapter, source, rank)
+    assert "--slot-rank 2" in str(caught.value.hint)

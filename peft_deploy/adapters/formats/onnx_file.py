@@ -115,13 +115,16 @@ def read_onnx_file(path: Path) -> OnnxAdapterFile:
     import onnxruntime
 
     if not is_onnx_adapter(path):
-        kind = "is not an .onnx_adapter file" if path.is_file() else "does not exist"
-        raise AdapterError(f"{path} {kind}")
+        raise _no_file(path)
     try:
         file = onnxruntime.AdapterFormat.read_adapter(str(path))
         values = file.get_parameters()
     except RuntimeError as exc:
-        raise AdapterError(f"{path} is damaged: {exc}") from exc
+        # onnxruntime's text begins with its own source's place and signature
+        raise AdapterError(
+            f"{path} is damaged: onnxruntime cannot verify it as an adapter",
+            hint="copy it again, or write it again",
+        ) from exc
     strange = [
         f"{name}: {value.data_type()}"
         for name, value in values.items()
@@ -135,6 +138,17 @@ def read_onnx_file(path: Path) -> OnnxAdapterFile:
     if broken:
         raise AdapterError(f"{path} holds NaN or infinity in:\n{listed(broken)}")
     return OnnxAdapterFile(path, file.get_model_version(), file.get_adapter_version(), tensors)
+
+
+def _no_file(path: Path) -> AdapterError:
+    if path.is_dir():
+        return AdapterError(
+            f"{path} is a folder, and an {SUFFIX} file is needed here",
+            hint="for an adapter's folder: peft-deploy adapter convert … --to onnx --for BUNDLE",
+        )
+    return AdapterError(
+        f"{path} {f'is not an {SUFFIX} file' if path.is_file() else 'does not exist'}"
+    )
 
 
 def _value(array: Array) -> Any:
