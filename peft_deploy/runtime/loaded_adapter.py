@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from peft_deploy.adapters.formats.onnx_adapter import refuse_bank
 from peft_deploy.adapters.formats.onnx_file import UNKNOWN_BASE, model_version, read_onnx_file
 from peft_deploy.bundle.prefixes import check_prefix_tensors
 from peft_deploy.bundle.slots import Slot, check_slots
@@ -110,6 +111,7 @@ def read_for_slots(
             slots for or slots of another type or shape, or a prefix that is not whole or too long.
     """
     file = read_onnx_file(path)
+    refuse_bank(file)
     if not slots:
         raise AdapterError(
             f"the graph of {bundle} has no slots for adapters, so it cannot take {path}",

@@ -157,6 +157,15 @@ def test_each_adapter_is_checked_by_itself(
     ]
 
 
+def test_the_stacked_file_is_no_adapter(bank: Path) -> None:
+    file = bank / "adapter_bank.onnx_adapter"
+    with pytest.raises(AdapterError, match="holds all adapters of a bank at once"):
+        Session(bank).load_adapter(file)
+    shown = run("inspect", file)
+    assert shown.exit_code == 3
+    assert "all adapters of a bank" in " ".join(shown.stderr.split())
+
+
 def test_a_bank_is_not_bisected(bank: Path, tiny_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="a bank of adapters cannot be bisected"):
         validate(bank, tiny_llama, bisect=tmp_path / "found")

@@ -18,7 +18,7 @@ from peft_deploy.adapters.formats.peft_writer import huggingface_modules, refuse
 from peft_deploy.adapters.formats.uniform import adapter_of_pairs, pad_rank
 from peft_deploy.errors import AdapterError, CheckpointError, listed
 from peft_deploy.families.names import NameMap
-from peft_deploy.signature import LORA_A, LORA_B
+from peft_deploy.signature import BANK_A, BANK_B, LORA_A, LORA_B
 from peft_deploy.weights.cast import cast_array
 from peft_deploy.weights.lora import LoraPair
 from peft_deploy.weights.source import Array
@@ -122,8 +122,9 @@ def onnx_pairs(file: OnnxAdapterFile) -> dict[str, LoraPair]:
     """The pairs of a file by the module names that it uses; scaling 1.
 
     Raises:
-        AdapterError: names that are no slots of LoRA, half a pair, or two matrices that do not fit.
+        AdapterError: names that are no slots of LoRA or of a whole bank, half a pair, or two matrices that do not fit.
     """
+    refuse_bank(file)
     quantized = [name for name in file.tensors if _QUANTIZED.fullmatch(name)]
     if quantized:
         raise AdapterError(
@@ -150,6 +151,19 @@ def onnx_pairs(file: OnnxAdapterFile) -> dict[str, LoraPair]:
         return {module: LoraPair(found["A"], found["B"], 1.0) for module, found in halves.items()}
     except AdapterError as exc:
         raise AdapterError(f"{file.path}: {exc.message}") from exc
+
+
+def refuse_bank(file: OnnxAdapterFile) -> None:
+    """Passes when a file is that of one adapter.
+
+    Raises:
+        AdapterError: it holds several, stacked for a bank.
+    """
+    if any(name.endswith((BANK_A, BANK_B)) for name in file.tensors):
+        raise AdapterError(
+            f"{file.path} holds all adapters of a bank at once, for runtimes that cannot stack them",
+            hint="the single ones lie beside it, in the folder adapters",
+        )
 
 
 def _own_name(module: str, names: NameMap) -> str:
