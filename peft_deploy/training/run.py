@@ -22,6 +22,7 @@ from paddlenlp.trainer import TrainingArguments
 from peft_deploy.base import BaseModel, open_base
 from peft_deploy.config.json_file import make_folder, write_json
 from peft_deploy.errors import ConfigError
+from peft_deploy.families import DecoderFamily
 from peft_deploy.progress import Progress, Silent
 from peft_deploy.text import Tokenizer
 from peft_deploy.training.batches import Examples
@@ -122,6 +123,15 @@ def train(options: TrainOptions, progress: Progress | None = None) -> TrainResul
         return _train(options, progress)
 
 
+def _require_decoder(base: BaseModel) -> None:
+    if not isinstance(base.family, DecoderFamily):
+        raise ConfigError(
+            f"{base.name} is a {base.family.paddle_model(base.config)}; what is trained here is a decoder that "
+            "continues texts",
+            hint="train it with PaddleNLP's own tools; export takes the adapter that they write",
+        )
+
+
 def _train(options: TrainOptions, progress: Progress | None) -> TrainResult:
     first = int(os.environ.get("PADDLE_TRAINER_ID", "0")) == 0
     progress = progress if progress is not None and first else Silent()
@@ -129,6 +139,7 @@ def _train(options: TrainOptions, progress: Progress | None) -> TrainResult:
         check_output(options.output, resume=options.resume is not None, force=options.force)
     _check_device(options.dtype)
     base = open_base(options.base)
+    _require_decoder(base)
     progress.phase("Reading the examples")
     data = _read_data(options, base)
     _check_batches(options, len(data.examples))
