@@ -31,7 +31,6 @@ from peft_deploy.families.past import (
     known_past_rules,
     past_dims,
     past_rule_of,
-    why_no_past,
 )
 from peft_deploy.families.pooling import Pooling
 from peft_deploy.families.registry import find_family, known_architectures, register
@@ -57,5 +56,4 @@ __all__ = [
     "past_dims",
     "past_rule_of",
     "register",
-    "why_no_past",
 ]

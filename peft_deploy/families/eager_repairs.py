@@ -7,6 +7,8 @@ a plain text without padding and cache gives bit for bit what it gives without (
 
 from __future__ import annotations
 
+import copy
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -65,37 +67,103 @@ def computing_in_own_dtype(model: nn.Layer) -> Iterator[None]:
 def run_with_flat_cache(
     model: nn.Layer, feeds: Mapping[str, Tensor], signature: GraphSignature
 ) -> dict[str, Tensor]:
-    """PaddleNLP's RW, whose cache is [B * K, S, D].
-
-    Its class rotates new tokens from position 0 on, whatever the cache holds, and takes the head size for the
-    cache's length when it makes the mask; both are put right here. ALiBi is given the mask in float32, as the class
-    makes it itself when there is none: with integers it fails on Paddle 3.
+    """PaddleNLP's RW on a bundle's inputs; see :func:`call_with_flat_cache` for what is put right.
 
     Args:
         model: PaddleNLP's, or a LoRA model around it.
         feeds: the signature's inputs by name.
         signature: of the graph.
     """
-    batch, new = feeds[INPUT_IDS].shape
-    pairs = past_pairs(feeds, signature, _FLAT_LAYOUT)
-    flat = None
-    if pairs is not None:
-        flat = [tuple(t.reshape([-1, *t.shape[2:]]) for t in pair) for pair in pairs]
-    past = feeds[ATTENTION_MASK].shape[1] - new
-    with _mask_of_length(model, past), _rotated_at(model, feeds.get(POSITION_IDS)):
-        returned: Any = model(
-            input_ids=feeds[INPUT_IDS],
-            attention_mask=feeds[ATTENTION_MASK].astype("float32"),
-            past_key_values=flat,
-            use_cache=True,
-            return_dict=False,
+    output = _call_flat(
+        model,
+        {INPUT_IDS: feeds[INPUT_IDS], ATTENTION_MASK: feeds[ATTENTION_MASK], "use_cache": True},
+        past_pairs(feeds, signature, _FLAT_LAYOUT),
+        feeds.get(POSITION_IDS),
+    )
+    return decoder_outputs(model, output.to_tuple(), signature, _FLAT_LAYOUT)
+
+
+def call_with_flat_cache(
+    model: nn.Layer, arguments: Mapping[str, Any], num_prefix_tokens: int
+) -> Any:
+    """PaddleNLP's RW behind a prefix.
+
+    Its class keeps the cache as [B * K, T, D], rotates new tokens from position 0 on whatever the cache holds, and
+    takes the head size for the cache's length when it makes the mask. ALiBi fails with a mask of integers on Paddle
+    3. Here the cache is [B, K, T, D] on both sides, the mask of any type, and tokens are rotated at their positions.
+
+    Args:
+        model: PaddleNLP's, or a LoRA model around it.
+        arguments: of its ``forward``. ``past_key_values`` holds L pairs of [B, K, P + n, D], the prefix first;
+            ``attention_mask`` is [B, P + n + S]; ``position_ids`` [B, S] say where tokens are rotated. Left out, they
+            count the tokens that the mask keeps, from 0 behind the prefix. ALiBi counts in the mask, the prefix too,
+            so that both kinds see the same distances whatever the padding.
+        num_prefix_tokens: P.
+
+    Returns:
+        What its ``forward`` returns, a tuple or an object.
+    """
+    given = dict(arguments)
+    past, positions = given.pop("past_key_values"), given.pop(POSITION_IDS, None)
+    tokens = given[INPUT_IDS] if given.get(INPUT_IDS) is not None else given["inputs_embeds"]
+    batch, new = tokens.shape[:2]
+    mask = given.get(ATTENTION_MASK)
+    if mask is None:
+        mask = paddle.ones([batch, past[0][0].shape[2] + new], dtype="int64")
+    if positions is None:
+        kept = mask[:, num_prefix_tokens:].astype("int64")  # [B, n + S]
+        positions = (kept.cumsum(-1) - 1).clip(min=0)[:, -new:]
+    as_object = given.pop("return_dict", None)
+    output = _call_flat(model, {**given, ATTENTION_MASK: mask}, past, positions)
+    if as_object is None:
+        as_object = model.config.use_return_dict
+    return output if as_object else output.to_tuple()
+
+
+def _call_flat(
+    model: nn.Layer, arguments: Mapping[str, Any], past: Any, positions: Tensor | None
+) -> Any:
+    """What RW returns as an object, its cache [B, K, T, D].
+
+    Args:
+        model: see :func:`call_with_flat_cache`.
+        arguments: of its ``forward``, the mask [B, P + S] among them.
+        past: L pairs of [B, K, P, D]; None for an empty cache.
+        positions: [B, S]; None where tokens are not rotated, or from 0 on.
+    """
+    mask, flat, seen = arguments[ATTENTION_MASK], None, 0
+    if past is not None:
+        seen = past[0][0].shape[2]
+        flat = [tuple(t.reshape([-1, *t.shape[2:]]) for t in pair) for pair in past]
+    twin = _twin(model)
+    _make_masks_for(twin, seen)
+    if positions is not None:
+        _rotate_at(twin, positions)
+    output: Any = twin(
+        **{**arguments, ATTENTION_MASK: mask.astype("float32")},
+        past_key_values=flat,
+        return_dict=True,
+    )
+    if output.past_key_values is not None:
+        output.past_key_values = tuple(
+            tuple(t.reshape([mask.shape[0], -1, *t.shape[1:]]) for t in pair)
+            for pair in output.past_key_values
         )
-    cache = [[t.reshape([batch, -1, *t.shape[1:]]) for t in pair] for pair in returned[1]]
-    return decoder_outputs(model, (returned[0], cache), signature, _FLAT_LAYOUT)
+    return output
 
 
-@contextmanager
-def _mask_of_length(model: nn.Layer, past: int) -> Iterator[None]:
+def _twin(layer: nn.Layer) -> nn.Layer:
+    """A model of the same parameters and hooks whose layers can be changed: other threads use the model."""
+    twin = copy.copy(layer)
+    # Tables that a layer keeps are buffers; their length is an attribute, which has to stay with them.
+    twin._buffers = copy.copy(layer._buffers)
+    twin._sub_layers = OrderedDict(
+        (name, None if sub is None else _twin(sub)) for name, sub in layer._sub_layers.items()
+    )
+    return twin
+
+
+def _make_masks_for(model: nn.Layer, past: int) -> None:
     """Masks are made for ``past`` tokens in the cache."""
     owner = next(
         layer
@@ -108,23 +176,13 @@ def _mask_of_length(model: nn.Layer, past: int) -> Iterator[None]:
         return prepare(mask, input_shape=input_shape, past_key_values_length=past)
 
     owner._prepare_attn_mask = corrected
-    try:
-        yield
-    finally:
-        del owner._prepare_attn_mask
 
 
-@contextmanager
-def _rotated_at(model: nn.Layer, position_ids: Tensor | None) -> Iterator[None]:
-    """Rotary layers look positions [B, S] up in their table; ALiBi models have none, and no such layers."""
-    layers = [layer for layer in model.sublayers() if hasattr(type(layer), "cos_sin")]
-    for layer in layers if position_ids is not None else []:
-        layer.forward = _rotation(layer, position_ids)
-    try:
-        yield
-    finally:
-        for layer in layers if position_ids is not None else []:
-            del layer.forward
+def _rotate_at(model: nn.Layer, position_ids: Tensor) -> None:
+    """Rotary layers look positions [B, S] up in their table; ALiBi models have no such layers."""
+    for layer in model.sublayers():
+        if hasattr(type(layer), "cos_sin"):
+            layer.forward = _rotation(layer, position_ids)
 
 
 def _rotation(rotary: nn.Layer, position_ids: Any) -> Any:

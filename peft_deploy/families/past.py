@@ -1,7 +1,8 @@
 """How PaddleNLP's own models take a past (keys and values) that they have not computed themselves.
 
 Prefix-tuning needs this of models which no :class:`~peft_deploy.families.family.DecoderFamily`
-describes yet, so it is a table of its own, keyed by PaddleNLP's ``base_model_prefix``.
+describes yet, so it is a table of its own, keyed by PaddleNLP's ``base_model_prefix``, or by
+``model_type`` where several models share the former.
 """
 
 from __future__ import annotations
@@ -34,6 +35,10 @@ class PastRule:
             does not, it writes -1 for their number.
         cache_class: ``module:name`` of what a layer's key and value have to be wrapped in; None for
             a plain pair.
+        call: ``module:name`` of ``f(model, arguments, num_prefix_tokens)``, which calls a model that
+            computes something else than it is given to, and puts that right; None calls it.
+        hands_on_past: whether ``prepare_inputs_for_generation`` hands on the past that PaddleNLP's
+            ``generate`` keeps; where it does not, every step runs over the whole text.
     """
 
     layout: str
@@ -45,6 +50,8 @@ class PastRule:
     max_positions: str | None = "max_position_embeddings"
     parallel_prefix: bool = True
     cache_class: str | None = None
+    call: str | None = None
+    hands_on_past: bool = True
 
 
 _RULES = {
@@ -70,12 +77,15 @@ _RULES = {
     ),
     "qwen": PastRule("BSKD", max_positions=None),  # its table of rotations grows
     "qwen2": PastRule("BSKD"),
-}
-
-# PaddleNLP's class → why a past that it has not computed itself cannot be given to it.
-_UNFIT = {
-    "RWForCausalLM": "it takes the head size for the length of the past when it makes the mask, and rotates new "
-    "tokens from position 0 on in every call",
+    # Behind a prefix this class fails by itself, and so does paddlenlp.peft on it: see what calls it.
+    "RefinedWeb": PastRule(
+        "BKSD",
+        takes_3d_masks=False,
+        takes_4d_masks=False,
+        max_positions=None,  # its table of rotations grows
+        call="peft_deploy.families.eager_repairs:call_with_flat_cache",
+        hands_on_past=False,
+    ),
 }
 
 
@@ -101,18 +111,17 @@ _ROPE_SCALING = ("rope_scaling", "rope_scaling_type")
 
 
 def known_past_rules() -> list[str]:
-    """The ``base_model_prefix`` of every model whose past is described, sorted."""
+    """The name of every model whose past is described, sorted."""
     return sorted(_RULES)
 
 
-def find_past_rule(base_model_prefix: str | None) -> PastRule | None:
-    """What the model does with a past; None for one that is not described."""
-    return _RULES.get(base_model_prefix or "")
+def find_past_rule(*names: str | None) -> PastRule | None:
+    """What a model does with a past; None for one that is not described.
 
-
-def why_no_past(model_class: str) -> str | None:
-    """Why no past can be given to one of PaddleNLP's classes; None where nothing speaks against it."""
-    return _UNFIT.get(model_class)
+    Args:
+        names: its ``base_model_prefix``, its ``model_type``; the first that is known decides.
+    """
+    return next((_RULES[name] for name in names if name in _RULES), None)
 
 
 def past_rule_of(family: Family, config: Mapping[str, Any]) -> PastRule | None:
@@ -126,7 +135,7 @@ def past_rule_of(family: Family, config: Mapping[str, Any]) -> PastRule | None:
         config: contents of config.json.
     """
     roots = (rule.paddle.partition(".")[0] for rule in family.names(config).rules)
-    return next((_RULES[root] for root in roots if root in _RULES), None)
+    return find_past_rule(*roots, family.model_type)
 
 
 def past_dims(config: Mapping[str, Any], rule: PastRule | None) -> PastDims:

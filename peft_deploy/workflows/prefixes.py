@@ -19,7 +19,7 @@ from peft_deploy.bundle.adapter_files import adapter_path
 from peft_deploy.bundle.folder import BundleFolder
 from peft_deploy.bundle.prefixes import Prefix, check_prefix, prefix_path, write_prefix_file
 from peft_deploy.errors import AdapterError, ConfigError, listed
-from peft_deploy.families import DecoderFamily, Family, past_rule_of, why_no_past
+from peft_deploy.families import DecoderFamily, Family, past_rule_of
 from peft_deploy.signature import POSITION_IDS, GraphSignature
 from peft_deploy.weights import cast_array
 from peft_deploy.workflows.sources import EXPORT_DTYPE, ExportSource, name_and_path
@@ -150,10 +150,6 @@ def evaluate_prefix(
     if not isinstance(family, DecoderFamily):
         raise AdapterError(
             f"{path} is a prefix, and a {model_class} is no decoder: it has no cache that could begin with one"
-        )
-    if reason := why_no_past(model_class):
-        raise AdapterError(
-            f"{path} is a prefix, and PaddleNLP's {model_class} cannot take one: {reason}"
         )
     signature = family.signature(config, EXPORT_DTYPE)
     past = {

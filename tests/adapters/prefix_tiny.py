@@ -40,6 +40,23 @@ class Case:
     counts_in_mask: bool = False  # so that position_ids mean nothing to it
     mask_dims: tuple[int, ...] = (2, 3, 4)
     pair: Any = None  # what it wants a layer's key and value in
+    takes_a_past: bool = True  # PaddleNLP's own class, one that it has not computed itself
+
+
+def _rw(kv_heads: int, **options: Any) -> Case:
+    """RW, which counts in the mask where no positions are given; paddlenlp.peft cannot use it."""
+    sizes = {"n_layer": LAYERS, "n_head": 4, **options}
+    return Case(
+        "RW",
+        sizes,
+        kv_heads,
+        8,
+        "BKSD",
+        "none",
+        counts_in_mask=True,
+        mask_dims=(2,),
+        takes_a_past=False,
+    )
 
 
 CASES = {
@@ -81,6 +98,10 @@ CASES = {
         pair=OPTAttention.Cache,
     ),
     "chatglm_v2": Case("ChatGLMv2", {}, 2, 8, "SBKD", "chatglm"),
+    "rw": _rw(1, multi_query=True, parallel_attn=True),
+    "rw-sequential": _rw(4, bias=True),
+    "rw-alibi": _rw(4, alibi=True, bias=True),
+    "rw-alibi-mqa": _rw(1, alibi=True, multi_query=True, parallel_attn=True),
 }
 GLM = {
     "num_hidden_layers": LAYERS,
@@ -94,10 +115,12 @@ GLM = {
     "max_sequence_length": MAX_POSITIONS,
 }
 
+RW = {key: SIZES[key] for key in ("vocab_size", "hidden_size")}
+
 
 def tiny(name: str, seed: int = 0, **options: Any) -> nn.Layer:
     case = CASES[name]
-    sizes = GLM if case.model == "ChatGLMv2" else SIZES
+    sizes = {"ChatGLMv2": GLM, "RW": RW}.get(case.model, SIZES)
     config = getattr(transformers, f"{case.model}Config")(**{**sizes, **case.options, **options})
     return _build(getattr(transformers, f"{case.model}ForCausalLM"), config, seed)
 

@@ -38,7 +38,7 @@ PROJECTIONS = [False, True]
 
 
 @pytest.mark.parametrize("projection", PROJECTIONS)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [n for n, case in CASES.items() if case.takes_a_past])
 def test_a_model_sees_the_prefix_as_its_past(name: str, projection: bool) -> None:
     """GQA, MQA and explicit head sizes, with nothing said but the number of tokens."""
     case, base = CASES[name], tiny(name)
@@ -337,7 +337,7 @@ def test_only_the_prefix_learns(name: str, projection: bool) -> None:
         0.05, parameters=[p for p in model.parameters() if not p.stop_gradient]
     )
     losses = []
-    for _ in range(15):
+    for _ in range(20):
         loss = model(input_ids=paddle.to_tensor(IDS), labels=paddle.to_tensor(IDS))[0]
         loss.backward()
         optimizer.step()

@@ -16,19 +16,17 @@ from safetensors.numpy import load_file, save_file
 
 import peft_deploy
 from peft_deploy.adapters.prefix import PrefixModelForCausalLM
-from peft_deploy.adapters.prefix.errors import UnsupportedPrefixModelError
 from peft_deploy.base import open_base
 from peft_deploy.base.dygraph import build_skeleton, load_model, unique_parameters
-from peft_deploy.config import PrefixConfig
 from peft_deploy.config.export import ExportOptions
 from peft_deploy.errors import (
-    AdapterError,
     CheckpointError,
     ExecutionError,
     UnsupportedModelError,
 )
 from peft_deploy.families import find_family
 from peft_deploy.parity.play import empty_cache
+from peft_deploy.runtime import GenerationOptions, Session
 from peft_deploy.runtime.onnx_runner import OnnxRunner
 
 tiny = load_recipe("tiny")
@@ -271,31 +269,73 @@ def test_paddlenlps_falcon_forgets_positions_with_a_cache(tmp_path: Path) -> Non
             model(ids[:, -2:], past_key_values=past, attention_mask=paddle.ones([2, 7]))
 
 
-def test_falcon_takes_no_prefix(tmp_path: Path) -> None:
-    """PaddleNLP's own fails with one, unless it happens to be as long as a head is wide; here that is said."""
+def test_paddlenlps_falcon_takes_no_prefix(tmp_path: Path) -> None:
+    """It fails, unless the prefix happens to be as long as a head is wide; what it saved is of use here."""
     from paddlenlp.peft import prefix as reference
 
     base = open_base(tiny.make(tmp_path / "base", "rw-sequential"))
     sizes = {"num_prefix_tokens": 3, "num_attention_heads": 5, "num_hidden_layers": 2}
-    options = {**sizes, "hidden_size": 50, "prefix_projection": False}
 
     def flat(past: paddle.Tensor) -> list[tuple[paddle.Tensor, ...]]:
         layers = past.transpose([2, 0, 3, 1, 4]).reshape([4, -1, 3, 10])
         return list(zip(layers[:2], layers[2:], strict=True))
 
     theirs = reference.PrefixModelForCausalLM(
-        load_model(base), reference.PrefixConfig(**options), postprocess_past_key_value=flat
+        load_model(base),
+        reference.PrefixConfig(**sizes, hidden_size=50, prefix_projection=False),
+        postprocess_past_key_value=flat,
     )
     theirs.eval()
+    ids = paddle.to_tensor(IDS)
     with pytest.raises(ValueError, match=r"(?i)broadcast"):
-        theirs(paddle.to_tensor(IDS), attention_mask=paddle.ones_like(paddle.to_tensor(IDS)))
+        theirs(ids, attention_mask=paddle.ones_like(ids))
     theirs.save_pretrained(tmp_path / "prefix")
+    ours = PrefixModelForCausalLM.from_pretrained(load_model(base), tmp_path / "prefix").eval()
+    with paddle.no_grad():
+        behind, plain = ours(ids)[0], ours.model(ids)[0]
+    assert float((behind - plain).abs().max()) > 1e-2
 
-    with pytest.raises(UnsupportedPrefixModelError, match="RWForCausalLM cannot take a prefix"):
-        PrefixModelForCausalLM(load_model(base), PrefixConfig(**options))
-    with pytest.raises(AdapterError, match="RWForCausalLM cannot take one: it takes the head"):
-        peft_deploy.export(base.path, tmp_path / "out", adapter=f"p={tmp_path / 'prefix'}")
-    assert not (tmp_path / "out").exists()
+
+def _of_model(base: Path, prefix: Path) -> list[int]:
+    """Greedy tokens of the prefix model's own ``generate``."""
+    model = PrefixModelForCausalLM.from_pretrained(load_model(open_base(base)), prefix).eval()
+    options = {"decode_strategy": "greedy_search", "eos_token_id": 1000, "pad_token_id": 0}
+    tokens, _ = model.generate(paddle.to_tensor(IDS[:1]), max_length=8, **options)
+    return [int(token) for token in tokens[0]]
+
+
+def _of_bundle(folder: Path, way: str) -> list[int]:
+    """Greedy tokens behind its prefix p, as a cache or in slots."""
+    session = Session(folder)
+    if way == "adapter":
+        session.load_adapter("p")
+    options = GenerationOptions(max_new_tokens=8)
+    (result,) = session.generate([IDS[0].tolist()], options, **{way: "p"})
+    return list(result.token_ids)
+
+
+@pytest.mark.convert
+@pytest.mark.parametrize("name", ["rw", "rw-alibi"])
+def test_a_prefix_on_falcon_goes_into_bundles(name: str, tmp_path: Path) -> None:
+    """As a cache and in slots, checked against the model behind the prefix that was trained."""
+    base = tiny.make(tmp_path / "base", name)
+    prefix = tiny.make_prefix(tmp_path / "prefix", base)
+    own = _of_model(base, prefix)
+    formats = {"onnx": ExportOptions(prefix_slots=True), "paddle": ExportOptions(format="paddle")}
+    for format, options in formats.items():
+        out = tmp_path / format
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "ALiBi: PaddleNLP rounds the slopes")
+            result = peft_deploy.export(base, out, adapter=f"p={prefix}", options=options)
+        assert result.parity is not None and result.parity.passed
+        titles = ["prefix p", "prefix p in slots"] if format == "onnx" else ["prefix p"]
+        assert sorted(result.parity.parts) == titles
+        for part in result.parity.parts.values():
+            assert part.passed and not part.warnings
+            worst = [o.difference.relative_max for c in part.cases for o in c.outputs.values()]
+            assert max(worst) <= 1e-4
+    for way in ("prefix", "adapter"):
+        assert _of_bundle(tmp_path / "onnx", way) == own
 
 
 @pytest.mark.parametrize("name", ["qwen", "qwen-logn-biased", "chatglm_v2"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -11,7 +12,11 @@ import paddle
 from paddle import nn
 
 
-def generation_view(model: nn.Layer, prepare: Callable[..., dict[str, Any]]) -> nn.Layer:
+def generation_view(
+    model: nn.Layer,
+    prepare: Callable[..., dict[str, Any]],
+    call: Callable[..., Any] | None = None,
+) -> nn.Layer:
     """A model with the same parameters and layers, whose steps of generation are prepared by us.
 
     What generation changes about it (and PaddleNLP's does change attributes) ends with it, so an
@@ -20,8 +25,14 @@ def generation_view(model: nn.Layer, prepare: Callable[..., dict[str, Any]]) -> 
     Args:
         model: the model.
         prepare: gets the model's own ``prepare_inputs_for_generation`` and its arguments.
+        call: gets the arguments of every step in place of the model, which it calls; None where the
+            model needs no help.
     """
     view = copy.copy(model)
+    if call is not None:
+        vars(view)["forward"] = call  # PaddleNLP warns of a forward that is set
+        # They are those of the model that is called.
+        view._forward_pre_hooks, view._forward_post_hooks = OrderedDict(), OrderedDict()
     view.prepare_inputs_for_generation = partial(prepare, view.prepare_inputs_for_generation)
     return view
 

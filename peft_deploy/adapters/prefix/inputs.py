@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import paddle
@@ -64,6 +64,25 @@ class PrefixInputs:
     def counts_from_past(self) -> bool:
         """Whether positions that are not given start at the length of the past."""
         return self.rule is not None and self.rule.positions_after_past
+
+    @property
+    def hands_on_past(self) -> bool:
+        """Whether the model's ``prepare_inputs_for_generation`` hands on what generation keeps."""
+        return self.rule is None or self.rule.hands_on_past
+
+    def handed_on(self, inputs: dict[str, Any], kept: Mapping[str, Any]) -> Any:
+        """The past that generation keeps; the inputs of a step are cut down to what is not in it.
+
+        Args:
+            inputs: of the step, over the whole text; changed.
+            kept: what generation keeps between its steps.
+        """
+        past, positions = kept.get(self.past_argument), kept.get("position_ids")
+        if not is_empty(past):
+            inputs["input_ids"] = inputs["input_ids"][:, -1:]
+        if positions is not None:
+            inputs["position_ids"] = positions[:, -inputs["input_ids"].shape[1] :]
+        return past
 
     def shape(
         self, input_ids: paddle.Tensor | None, inputs_embeds: paddle.Tensor | None

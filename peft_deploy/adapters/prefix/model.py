@@ -21,6 +21,7 @@ from peft_deploy.adapters.prefix.postprocess import (
     Past,
     Postprocess,
     arrange_past,
+    imported,
     postprocess_for,
 )
 from peft_deploy.adapters.prefix.prefix_files import load_into, save_prefix
@@ -28,7 +29,7 @@ from peft_deploy.adapters.prefix.sizes import resolve_config
 from peft_deploy.adapters.prefix.state import load_state
 from peft_deploy.adapters.wrapper import ModelWrapper
 from peft_deploy.config import PrefixConfig, PrefixConfigError
-from peft_deploy.families import known_past_rules, why_no_past
+from peft_deploy.families import known_past_rules
 
 
 class PrefixModelForCausalLM(ModelWrapper):
@@ -37,7 +38,9 @@ class PrefixModelForCausalLM(ModelWrapper):
     The prefix is P keys and values for every layer, made by a small encoder, and given to the model
     as a past; the model itself is not changed. The tokens' positions do not move: what a model
     does with a past and no ``position_ids`` (Llama counts from 0, GPT and Mistral from P) is left
-    to it.
+    to it. A class that computes something else than it is given to behind a past that it has not
+    computed itself (PaddleNLP's RW, which paddlenlp.peft therefore cannot give a prefix) is put
+    right in every call.
 
     Args:
         model: a causal language model whose ``forward`` takes ``past_key_values`` or ``cache``.
@@ -84,6 +87,8 @@ class PrefixModelForCausalLM(ModelWrapper):
         self.prefix_encoder = build_encoder(self.prefix_config, self.head_dim)
         self.postprocess_past_key_value = postprocess_past_key_value or _postprocess(self._inputs)
         self.pad_attention_mask = pad_attention_mask
+        rule = self._inputs.rule
+        self._put_right = imported(rule.call) if rule is not None and rule.call else None
         self.base_fingerprint: str | None = None
         self.training = model.training
         (self.prefix_encoder.train if model.training else self.prefix_encoder.eval)()
@@ -160,7 +165,8 @@ class PrefixModelForCausalLM(ModelWrapper):
             "labels": labels,
         }
         kwargs.update({name: value for name, value in optional.items() if value is not None})
-        return self.model(**kwargs, **self._with_prefix(shape, attention_mask, past))
+        kwargs.update(self._with_prefix(shape, attention_mask, past))
+        return self._called(**kwargs)
 
     def generate(self, input_ids: paddle.Tensor | None = None, **kwargs: Any) -> Any:
         """The model's own ``generate`` behind the prefix; the model is not touched meanwhile.
@@ -188,7 +194,8 @@ class PrefixModelForCausalLM(ModelWrapper):
             if self._inputs.counts_from_zero:
                 tokens = paddle.arange(input_ids.shape[1], dtype="int64")
                 kwargs["position_ids"] = tokens.expand(input_ids.shape)
-        view = generation_view(self.model, self._prepare)
+        call = None if self._put_right is None else self._called
+        view = generation_view(self.model, self._prepare, call)
         return view.generate(input_ids=input_ids, **kwargs)
 
     def mark_only_prefix_as_trainable(self) -> None:
@@ -287,6 +294,12 @@ class PrefixModelForCausalLM(ModelWrapper):
         result[self._inputs.past_argument] = own or self._get_past_key_values(shape[0])
         return result
 
+    def _called(self, **arguments: Any) -> Any:
+        """What the model gives, with the prefix among the arguments."""
+        if self._put_right is None:
+            return self.model(**arguments)
+        return self._put_right(self.model, arguments, self._inputs.num_tokens)
+
     def _prepare(
         self, prepare: Callable[..., dict[str, Any]], *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
@@ -299,6 +312,8 @@ class PrefixModelForCausalLM(ModelWrapper):
             # Counted by the model itself, as in forward(); Mistral would count from 0 here.
             inputs["position_ids"] = None
         past = inputs.pop(self._inputs.past_argument, None)
+        if not self._inputs.hands_on_past:
+            past = self._inputs.handed_on(inputs, kwargs)
         inputs.update(self._with_prefix(list(inputs["input_ids"].shape), mask, past))
         return inputs
 
@@ -325,10 +340,6 @@ def _refuse(model: Any, config: Any) -> None:
     if isinstance(model, paddle.distributed.fleet.meta_parallel.PipelineLayer):
         raise UnsupportedPrefixModelError(
             f"{type(model).__name__} is a pipeline model, which prefix-tuning does not support"
-        )
-    if reason := why_no_past(type(model).__name__):
-        raise UnsupportedPrefixModelError(
-            f"PaddleNLP's {type(model).__name__} cannot take a prefix: {reason}"
         )
     if isinstance(model, PrefixModelForCausalLM):
         raise PrefixConfigError("the model has a prefix already", hint="wrap its .model")

@@ -43,9 +43,13 @@ def postprocess_for(layout: str, cache_class: str | None = None) -> Postprocess:
     """
     if cache_class is None:
         return partial(arrange_past, layout=layout)
-    module, _, name = cache_class.partition(":")
-    wrap = attrgetter(name)(import_module(module))
-    return partial(_arrange_wrapped, layout=layout, wrap=wrap)
+    return partial(_arrange_wrapped, layout=layout, wrap=imported(cache_class))
+
+
+def imported(name: str) -> Any:
+    """What a rule calls ``module:name``."""
+    module, _, attribute = name.partition(":")
+    return attrgetter(attribute)(import_module(module))
 
 
 def _arrange_wrapped(past_key_values: paddle.Tensor, layout: str, wrap: Any) -> tuple[Any, ...]:

@@ -17,7 +17,9 @@ from peft_deploy.families import PastDims, PastRule, find_past_rule, past_dims
 
 def rule_of(model: nn.Layer) -> PastRule | None:
     """What the model does with a past; None for a model that nobody has described."""
-    return find_past_rule(getattr(model, "base_model_prefix", None))
+    config: Any = getattr(model, "config", None)
+    kind = getattr(type(config), "model_type", None)
+    return find_past_rule(getattr(model, "base_model_prefix", None), kind)
 
 
 def dims_of(model: nn.Layer) -> PastDims:
