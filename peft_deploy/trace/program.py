@@ -7,9 +7,10 @@ from peft_deploy.environment import require_paddle
 require_paddle("tracing a model")
 
 import json
+import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -36,6 +37,7 @@ from peft_deploy.trace.quirks import WRONG_ATTRIBUTES
 
 Array = npt.NDArray[np.generic]
 _TABLE = "~table.{:04}"  # "~" is the last printable character of ASCII
+_ERROR = re.compile(r"\w*(Error|Exception): ")
 _CALLSTACK_FRAMES = 8  # Paddle's own frames above the user's line are at most four deep
 
 
@@ -91,7 +93,7 @@ class TracedProgram:
             OperatorUse(
                 name=op.name(),
                 module=module_of(op),
-                locate=partial(_user_line, op),
+                locate=partial(_line_of, op),
                 attributes=op.attrs() if op.name().partition(".")[2] in WRONG_ATTRIBUTES else {},
                 float64_attributes=double.get(op.name().partition(".")[2], ()),
             )
@@ -218,10 +220,17 @@ def _concrete_program(layer: nn.Layer, input_spec: list[Any], who: str) -> Any:
             static = paddle.jit.to_static(layer, input_spec=input_spec, full_graph=True)
             return static.forward.concrete_program
     except Exception as exc:  # Paddle raises whatever the traced code or its own rewriting raises
-        reason = str(exc).strip().splitlines()
-        raise TraceError(
-            f"{who} could not be traced: {reason[-1].strip() if reason else type(exc).__name__}"
-        ) from exc
+        raise TraceError(f"{who} could not be traced: {_reason(exc)}") from exc
+
+
+def _reason(exc: Exception) -> str:
+    """What went wrong and where, in a line: Paddle puts both between a listing of the code and its own advice."""
+    lines = [line.strip() for line in str(exc).strip().splitlines()]
+    said = next((i for i, line in enumerate(lines) if _ERROR.match(line)), None)
+    if said is None:
+        return lines[-1] if lines else type(exc).__name__
+    line = _user_line(lines[:said])
+    return f"{lines[said]} ({line})" if line else lines[said]
 
 
 def _input_spec(spec: TensorSpec) -> InputSpec:
@@ -250,10 +259,14 @@ def module_of(op: Any) -> str:
     return op.str_attr("struct_name").strip("/") if op.has_attr("struct_name") else ""
 
 
-def _user_line(op: Any) -> str:
+def _line_of(op: Any) -> str:
+    return _user_line(op.callstack)
+
+
+def _user_line(callstack: Sequence[str]) -> str:
     """The innermost frame outside Paddle, ``file:line``."""
-    package = str(Path(paddle.__file__).parent)
-    for frame in reversed(op.callstack):
+    package = f"{Path(paddle.__file__).parent}/"
+    for frame in reversed(callstack):
         text = frame.strip()
         if text.startswith('File "') and package not in text:
             file, _, rest = text[len('File "') :].partition('", line ')

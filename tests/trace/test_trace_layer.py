@@ -116,6 +116,17 @@ def test_results_that_are_refused(function: Any, message: str) -> None:
         trace_layer(Returns(function), signature("x"))
 
 
+def test_the_reason_and_the_line_are_said() -> None:
+    """Paddle's own text begins with a listing and ends with the address of a manual."""
+
+    def branching(x: Any) -> Any:
+        return x * x if bool(x.sum() > 0) else x
+
+    expected = r"could not be traced: TypeError: bool\(Tensor\).*\(.*test_trace_layer\.py:\d+\)$"
+    with pytest.raises(TraceError, match=expected):
+        trace_layer(Returns(paddle.jit.not_to_static(branching)), signature("x"))
+
+
 HELD = paddle.ones([4])
 
 
