@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bundle_edits import Edit, GraphEdit
-from mutation_subjects import Subject
+from mutation_subjects import Subject, Verdict
 
 Break = Callable[[Subject, Path], None]
 
@@ -37,6 +37,24 @@ class Mutation:
     layer: str | None = None
     seen: bool = True
     runs: bool = True
+
+
+def complaints(mutation: Mutation, verdict: Verdict) -> list[str]:
+    """What the gate and the search should have said of a fault and did not; empty when all is well."""
+    report, found = verdict.report, verdict.finding
+    wrong = []
+    if report.passed is mutation.seen:
+        said = "passed" if report.passed else "failed"
+        wrong.append(f"{mutation.name}: the bundle {said}; {report.summary()}")
+    if mutation.seen and not mutation.runs and not any(case.problem for case in report.cases):
+        wrong.append(f"{mutation.name}: the graph runs in every case")
+    if mutation.node and (
+        found is None
+        or mutation.node not in found.nodes
+        or mutation.layer not in (None, found.layer)
+    ):
+        wrong.append(f"{mutation.name}: {mutation.node} is not found, but {found}")
+    return wrong
 
 
 def in_graph(*edits: Edit) -> Break:
