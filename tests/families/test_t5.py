@@ -15,6 +15,7 @@ import pytest
 from model_recipes import load_recipe
 from safetensors.numpy import load_file, save_file
 
+from peft_deploy.adapters.formats.paddlenlp import read_adapter
 from peft_deploy.base import BaseModel, open_base
 from peft_deploy.base.dygraph import build_skeleton, load_model, unique_parameters
 from peft_deploy.errors import CheckpointError, UnsupportedModelError
@@ -28,6 +29,7 @@ from peft_deploy.signature import (
     LOGITS,
     past_names,
 )
+from peft_deploy.workflows.convert_adapter import convert_adapter
 
 tiny = load_recipe("tiny")
 NAMES = ("t5", "t5-gated")
@@ -127,7 +129,9 @@ def test_all_sides_compute_what_the_paper_says(base: BaseModel) -> None:
     signature = base.family.whole_signature(base.config)
     with paddle.no_grad():
         theirs = base.family.run_eagerly(model, feeds, signature)[LOGITS].numpy()[0]
-    limit = 2e-4 * np.abs(want).max()  # float32 against float64, over 140 steps of a sharp attention
+    limit = (
+        2e-4 * np.abs(want).max()
+    )  # float32 against float64, over 140 steps of a sharp attention
     np.testing.assert_allclose(theirs, want, atol=limit, rtol=0)
     np.testing.assert_allclose(ours, want, atol=limit, rtol=0)
 
@@ -262,3 +266,19 @@ def test_what_texts_begin_with(entries: dict[str, int], token: int) -> None:
     family = find_family(T5_SMALL)
     assert isinstance(family, EncoderDecoderFamily)
     assert family.start_token(entries) == token
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_adapter_goes_to_peft_and_back(name: str, tmp_path: Path) -> None:
+    """Whichever half has more layers."""
+    base = tiny.make(tmp_path / "base", name)
+    lora = tiny.make_lora(tmp_path / "lora", base)
+    convert_adapter(lora, tmp_path / "peft", to="hf", base=base)
+    convert_adapter(tmp_path / "peft", tmp_path / "back", to="paddle", base=base)
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text("utf-8"))
+    assert {"q", "wo"} <= set(config["target_modules"])
+    want, have = (read_adapter(tmp_path / folder).pairs for folder in ("lora", "back"))
+    assert want.keys() == have.keys()
+    assert {"t5.encoder.block.1.layer.0.SelfAttention.q"} < want.keys()
+    for module, pair in want.items():
+        np.testing.assert_array_equal(have[module].A @ have[module].B, pair.A @ pair.B)
