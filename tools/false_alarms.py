@@ -26,7 +26,7 @@ from support_table import models, tiny
 
 if TYPE_CHECKING:
     from good_bundles import Trial
-    from mutation_subjects import Exported
+    from made_bundles import Exported
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "mutations.md"
@@ -52,7 +52,7 @@ def run(families: Sequence[str]) -> Iterator[Trial]:
 
 
 def _export(model: str, folder: Path, at_run_time: bool) -> Exported:
-    from mutation_subjects import export, make_folders
+    from made_bundles import export, make_folders
 
     from peft_deploy.families import DecoderFamily, find_family
 

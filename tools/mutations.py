@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING
 from support_table import tiny
 
 if TYPE_CHECKING:
-    from mutation_subjects import Exported, Subject, Verdict
+    from made_bundles import Exported
+    from mutation_subjects import Subject, Verdict
     from mutations import Mutation
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -97,7 +98,8 @@ def _found(verdict: Verdict) -> str:
 
 def run(chosen: Iterable[Mutation]) -> Iterator[Outcome]:
     """Every fault in a fresh copy of its bundle."""
-    from mutation_subjects import bundle_of, make_bundle, read_subject
+    from made_bundles import bundle_of, make_bundle
+    from mutation_subjects import read_subject
 
     with tempfile.TemporaryDirectory() as root:
         exported: dict[str, Exported] = {}

@@ -15,7 +15,8 @@ from types import ModuleType
 
 import numpy as np
 import onnx
-from mutation_subjects import LORA, PREFIX, Exported, behind_prefix, make_folders
+from made_bundles import LORA, PREFIX, Exported, make_folders
+from mutation_subjects import behind_prefix
 
 from peft_deploy.bundle import Manifest
 from peft_deploy.bundle.adapter_files import adapter_path

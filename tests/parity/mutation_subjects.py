@@ -12,17 +12,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 from bundle_edits import Array
+from made_bundles import BEHIND_PREFIX, BUNDLES, LORA, PREFIX, Exported
 
-import peft_deploy
 from peft_deploy.bundle import Manifest
 from peft_deploy.bundle.adapter_files import adapter_path
 from peft_deploy.bundle.prefixes import Prefix, prefix_path, read_prefix_file
-from peft_deploy.config.export import RUNTIME, ExportOptions
 from peft_deploy.parity import ParityReport, Prompt, Scores, check_expectation, score_tokens
 from peft_deploy.parity.bisect import Finding
 from peft_deploy.parity.prefixed import PrefixedRunner
@@ -32,20 +30,8 @@ from peft_deploy.progress import Silent
 from peft_deploy.runtime import Runner, Session, open_runner
 from peft_deploy.workflows.bisect import with_finding
 from peft_deploy.workflows.check_extras import CheckExtras
-from peft_deploy.workflows.sources import EXPORT_DTYPE, ExportSource, from_folders
+from peft_deploy.workflows.sources import EXPORT_DTYPE, ExportSource
 from peft_deploy.workflows.validate import check_bundle, check_runner
-
-LORA, PREFIX = "lora", "prefix"
-# subject → the small model that it is, and whether its adapter stays apart from the weights
-BUNDLES = {
-    "llama": ("llama", False),
-    "llama, LoRA at run time": ("llama", True),
-    "opt": ("opt", False),
-    "bloom": ("bloom", False),
-    "bert": ("bert-embedding", False),
-}
-BEHIND_PREFIX = "llama behind a prefix"
-SUBJECTS = (*BUNDLES, BEHIND_PREFIX)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +60,7 @@ class Subject:
     """A good bundle and what it was made of.
 
     Args:
-        name: one of :data:`SUBJECTS`.
+        name: one of :data:`made_bundles.SUBJECTS`.
         folder: the bundle.
         source: what it was made of.
         reference: the model that was trained.
@@ -171,92 +157,11 @@ class Subject:
         return Verdict(report, found.finding)
 
 
-@dataclass(frozen=True, eq=False)
-class Exported:
-    """A good bundle and the folders that it was made of.
-
-    Args:
-        model: the small model's name.
-        folder: holds ``base``, ``lora``, perhaps ``prefix``, and ``bundle``.
-        at_run_time: whether LoRA stays apart from the weights.
-    """
-
-    model: str
-    folder: Path
-    at_run_time: bool
-
-    @property
-    def bundle(self) -> Path:
-        """Its folder."""
-        return self.folder / "bundle"
-
-    @property
-    def adapters(self) -> list[str]:
-        """As an export takes them."""
-        return [f"{n}={self.folder / n}" for n in (LORA, PREFIX) if (self.folder / n).is_dir()]
-
-    def source(self) -> ExportSource:
-        """What it is made of."""
-        return from_folders(self.folder / "base", self.adapters, keep=self.at_run_time)
-
-
-def make_folders(
-    recipe: ModuleType,
-    folder: Path,
-    model: str,
-    *,
-    seed: int = 0,
-    at_run_time: bool = False,
-    with_prefix: bool = False,
-) -> Exported:
-    """Makes a small model and its adapters.
-
-    Args:
-        recipe: models/tiny/make.py.
-        folder: an empty folder.
-        model: the small model's name.
-        seed: of the weights.
-        at_run_time: whether LoRA is to stay apart from the weights.
-        with_prefix: whether to make a prefix, too.
-    """
-    base = recipe.make(folder / "base", model, seed=seed)
-    recipe.make_lora(folder / LORA, base, seed=seed + 7)
-    if with_prefix:
-        recipe.make_prefix(folder / PREFIX, base, seed=seed + 9)
-    return Exported(model, folder, at_run_time)
-
-
-def export(made: Exported) -> Exported:
-    """Writes the bundle."""
-    options = ExportOptions(validate=False, adapters=RUNTIME if made.at_run_time else None)
-    peft_deploy.export(made.folder / "base", made.bundle, adapter=made.adapters, options=options)
-    return made
-
-
-def make_bundle(name: str, folder: Path, recipe: ModuleType) -> Exported:
-    """Makes a small model and its adapters and exports them.
-
-    Args:
-        name: a key of :data:`BUNDLES`.
-        folder: an empty folder.
-        recipe: models/tiny/make.py.
-    """
-    model, at_run_time = BUNDLES[name]
-    with_prefix = name == bundle_of(BEHIND_PREFIX)
-    made = make_folders(recipe, folder, model, at_run_time=at_run_time, with_prefix=with_prefix)
-    return export(made)
-
-
-def bundle_of(name: str) -> str:
-    """The bundle that a subject is a copy of."""
-    return "llama" if name == BEHIND_PREFIX else name
-
-
 def read_subject(name: str, exported: Exported, seed: int = 0) -> Subject:
     """Reads the reference of a good bundle.
 
     Args:
-        name: one of :data:`SUBJECTS`.
+        name: one of :data:`made_bundles.SUBJECTS`.
         exported: the bundle.
         seed: of the matrix's tokens.
     """

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 from bundle_edits import Array, GraphEdit
-from mutation_subjects import BEHIND_PREFIX, PREFIX, Subject
+from made_bundles import BEHIND_PREFIX, PREFIX
+from mutation_subjects import Subject
 from mutations import Break, Mutation, with_subject
 
 from peft_deploy.adapters.formats.onnx_file import read_onnx_file, write_onnx_adapter

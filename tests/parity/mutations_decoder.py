@@ -50,11 +50,10 @@ def no_causal_mask(graph: GraphEdit) -> None:
 def past_never_masked(graph: GraphEdit) -> None:
     """Padding in the past is seen; in the new tokens it is not."""
     name = "/model/And"
-    keys, queries = graph.node("/model/LessOrEqual").input
+    keys = graph.node("/model/LessOrEqual").input[0]
     offset = graph.add(name, "Sub", TOTAL_LENGTH, QUERY_LENGTH)
     is_past = graph.add(name, "Less", keys, offset)
     graph.node(name).input[1] = graph.add(name, "Or", graph.node(name).input[1], is_past)
-    assert queries
 
 
 def own_positions(graph: GraphEdit) -> None:
@@ -132,7 +131,7 @@ def rolled_rows(graph: GraphEdit) -> None:
     graph.on_output(head, 0, "Gather", order, axis=0)
 
 
-def first_row_again(graph: GraphEdit) -> None:
+def token_before(graph: GraphEdit) -> None:
     """Logits are those of the token before."""
     head = "/lm_head/MatMul"
     zero, one = graph.constant(np.array(0)), graph.constant(np.array(1))
@@ -321,7 +320,7 @@ GRAPH_MUTATIONS = [
         layer=L1,
     ),
     llama("logits of the wrong row", rolled_rows, node="/lm_head/MatMul"),
-    llama("logits of the token before", first_row_again, node="/lm_head/MatMul"),
+    llama("logits of the token before", token_before, node="/lm_head/MatMul"),
     llama("logits capped at 30", capped, node="/lm_head/MatMul"),
     llama(
         "logits scaled by 1.0001",

@@ -9,16 +9,9 @@ from types import ModuleType
 
 import pytest
 from good_bundles import run_trials
+from made_bundles import BUNDLES, SUBJECTS, Exported, bundle_of, make_bundle
 from model_recipes import load_recipe
-from mutation_subjects import (
-    BUNDLES,
-    SUBJECTS,
-    Exported,
-    Subject,
-    bundle_of,
-    make_bundle,
-    read_subject,
-)
+from mutation_subjects import Subject, read_subject
 from mutations import Mutation, catalogue, complaints
 
 ROOT = Path(__file__).resolve().parents[2]
