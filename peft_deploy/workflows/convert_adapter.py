@@ -251,6 +251,8 @@ def _convert_prefix(
     if dtype is not None:
         state = {n: cast_array(a, dtype, name=n) for n, a in prefix.state.items()}
         prefix = replace(prefix, state=state, config=replace(prefix.config, dtype=dtype))
+    if format is AdapterFormat.HF:
+        prefix = prefix.flattened()  # PEFT's files have no room for a projection
     with AtomicFolder(result.output, _kind(format, Method.PREFIX), force=force) as folder:
         if format is AdapterFormat.HF:
             write_peft_prefix(folder.path, prefix)

@@ -135,19 +135,33 @@ def test_encoders_are_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(AdapterError, match="an encoder cannot be read"):
         read_peft_prefix(tmp_path / "a", DIMS)
+
+
+def test_a_projection_is_evaluated_when_written(tmp_path: Path) -> None:
     flat = read_peft_prefix(write(tmp_path / "b"), DIMS)
-    width = K * D
-    state = {
-        EMBEDDING: np.ones((P, width), np.float32),
-        "1.weight": np.ones((width, 7), np.float32),
-        "1.bias": np.ones(7, np.float32),
-        "3.weight": np.ones((7, 2 * L * width), np.float32),
-        "3.bias": np.ones(2 * L * width, np.float32),
+    rng, width = np.random.default_rng(4), K * D
+    shapes = {
+        EMBEDDING: (P, width),
+        "1.weight": (width, 7),
+        "1.bias": (7,),
+        "3.weight": (7, 2 * L * width),
+        "3.bias": (2 * L * width,),
     }
+    state = {name: rng.normal(0, 1, shape).astype(np.float32) for name, shape in shapes.items()}
     config = replace(flat.config, prefix_projection=True, prefix_projection_hidden_size=7)
-    with pytest.raises(AdapterError, match="prefix_projection"):
-        write_peft_prefix(tmp_path / "c", replace(flat, state=state, config=config))
-    assert not (tmp_path / "c").exists()
+    projected = replace(flat, state=state, config=config)
+
+    write_peft_prefix(tmp_path / "c", projected)
+
+    written = read_peft_prefix(tmp_path / "c", DIMS)
+    assert not written.config.prefix_projection
+    np.testing.assert_array_equal(written.pre_caches(), projected.pre_caches())
+    # [P, 2, L, K, D] by hand, with PaddleNLP's order of the columns
+    hidden = np.tanh(state[EMBEDDING] @ state["1.weight"] + state["1.bias"])
+    rows = (hidden @ state["3.weight"] + state["3.bias"]).reshape(P, 2, L, K, D)
+    np.testing.assert_allclose(
+        written.pre_caches(), rows.transpose(2, 1, 3, 0, 4), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_a_projection_that_was_flattened_is_read(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def read_peft_prefix(path: Path, dims: ModelDims) -> PrefixAdapter:
 
 
 def write_peft_prefix(folder: Path, prefix: PrefixAdapter, base_name: str | None = None) -> Path:
-    """Writes a folder that PEFT loads, with the prefix's bits in PEFT's order.
+    """Writes a folder that PEFT loads, with the prefix's bits in PEFT's order; a projection is evaluated.
 
     Args:
         folder: made when it is missing; each file appears whole or not at all.
@@ -77,13 +77,10 @@ def write_peft_prefix(folder: Path, prefix: PrefixAdapter, base_name: str | None
         The file of weights.
 
     Raises:
-        AdapterError: the prefix comes out of a projection, which PEFT's files cannot hold.
+        AdapterError: its keys and values are not all finite.
         OutputError: the folder cannot be written.
     """
-    if prefix.config.prefix_projection:
-        raise AdapterError(
-            f"{prefix.path} has a projected encoder (prefix_projection); PEFT's files hold only a flat prefix"
-        )
+    prefix = prefix.flattened()
     array = to_peft_order(prefix.state[EMBEDDING], prefix.num_layers)
     width = prefix.num_kv_heads * prefix.head_dim
     config = {

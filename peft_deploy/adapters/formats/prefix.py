@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -134,6 +134,18 @@ class PrefixAdapter:
                 f"{self.path}: the prefix's keys and values are not all finite in {self.dtype}"
             )
         return caches
+
+    def flattened(self) -> PrefixAdapter:
+        """The same keys and values without the projection that they come from: what formats hold that know none.
+
+        It computes the same and cannot be trained on as the projected one was; itself when it has no projection.
+        """
+        if not self.config.prefix_projection:
+            return self
+        rows = self.pre_caches().transpose(3, 1, 0, 2, 4)  # [P, 2, L, K, D]
+        config = replace(self.config, prefix_projection=False, prefix_projection_hidden_size=None)
+        state = {EMBEDDING: np.ascontiguousarray(rows.reshape(self.num_tokens, -1))}
+        return replace(self, config=config, state=state)
 
     def past_key_values(self) -> list[tuple[Array, Array]]:
         """For each layer its key and value in the bundle's layout, [1, K, P, D]."""
