@@ -327,6 +327,9 @@ def test_a_prefix_as_what_bundles_take(tmp_path: Path, base: BaseModel, prefix: 
         convert_adapter(prefix, tmp_path / "hf", to="hf", base=base.path)
     convert_adapter(tmp_path / "hf", file, to="onnx", base=base.path, force=True)
     assert read_onnx_file(file).tensors["prefix.position_offset"].tolist() == [5]
+    with pytest.raises(AdapterError, match="keys and values of a prefix"):
+        convert_adapter(file, tmp_path / "back", to="paddle", base=base.path)
+    assert not (tmp_path / "back").exists()
 
 
 def test_prefix_files_that_are_refused(tmp_path: Path, base: BaseModel, prefix: Path) -> None:

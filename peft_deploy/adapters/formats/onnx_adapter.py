@@ -18,7 +18,7 @@ from peft_deploy.adapters.formats.peft_writer import huggingface_modules, refuse
 from peft_deploy.adapters.formats.uniform import adapter_of_pairs, pad_rank
 from peft_deploy.errors import AdapterError, CheckpointError, listed
 from peft_deploy.families.names import NameMap
-from peft_deploy.signature import BANK_A, BANK_B, LORA_A, LORA_B
+from peft_deploy.signature import BANK_A, BANK_B, LORA_A, LORA_B, PREFIX_KEY_TEMPLATE
 from peft_deploy.weights.cast import cast_array
 from peft_deploy.weights.lora import LoraPair
 from peft_deploy.weights.source import Array
@@ -99,6 +99,11 @@ def read_onnx_adapter(path: Path, names: NameMap, *, num_layers: int | None = No
         AdapterError: as :func:`read_onnx_file`; names that are no slots, half a pair, shapes that do not fit.
     """
     file = read_onnx_file(Path(path))
+    if PREFIX_KEY_TEMPLATE % 0 in file.tensors:
+        raise AdapterError(
+            f"{path} holds the keys and values of a prefix, made for the slots of a graph; no adapter can be made of it",
+            hint="give the folder that the prefix was trained into",
+        )
     by_module = onnx_pairs(file)
     pairs: dict[str, LoraPair] = {}
     unknown = []
