@@ -101,7 +101,7 @@ def read_onnx_adapter(path: Path, names: NameMap, *, num_layers: int | None = No
     file = read_onnx_file(Path(path))
     if PREFIX_KEY_TEMPLATE % 0 in file.tensors:
         raise AdapterError(
-            f"{path} holds the keys and values of a prefix, made for the slots of a graph; no adapter can be made of it",
+            f"{path} holds the keys and values of a prefix for the slots of a graph; no adapter can be made of it",
             hint="give the folder that the prefix was trained into",
         )
     by_module = onnx_pairs(file)
