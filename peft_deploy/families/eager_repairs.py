@@ -11,11 +11,13 @@ import copy
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 import paddle
 from paddle import Tensor, nn
 
+from peft_deploy.errors import ExecutionError
 from peft_deploy.families.eager import decoder_outputs, past_pairs
 from peft_deploy.signature import ATTENTION_MASK, INPUT_IDS, POSITION_IDS, GraphSignature
 
@@ -102,6 +104,9 @@ def call_with_flat_cache(
 
     Returns:
         What its ``forward`` returns, a tuple or an object.
+
+    Raises:
+        ExecutionError: the model has other layers than it runs.
     """
     given = dict(arguments)
     past, positions = given.pop("past_key_values"), given.pop(POSITION_IDS, None)
@@ -130,13 +135,16 @@ def _call_flat(
         arguments: of its ``forward``, the mask [B, P + S] among them.
         past: L pairs of [B, K, P, D]; None for an empty cache.
         positions: [B, S]; None where tokens are not rotated, or from 0 on.
+
+    Raises:
+        ExecutionError: the model has other layers than it runs.
     """
     mask, flat, seen = arguments[ATTENTION_MASK], None, 0
     if past is not None:
         seen = past[0][0].shape[2]
         flat = [tuple(t.reshape([-1, *t.shape[2:]]) for t in pair) for pair in past]
-    twin = _twin(model)
-    _make_masks_for(twin, seen)
+    twin = _twin(model, {})
+    made = _make_masks_for(twin, seen)
     if positions is not None:
         _rotate_at(twin, positions)
     output: Any = twin(
@@ -144,6 +152,12 @@ def _call_flat(
         past_key_values=flat,
         return_dict=True,
     )
+    if not made:
+        raise ExecutionError(
+            f"{type(model).__name__} runs other layers than those it names as its own, so that what PaddleNLP's "
+            "class gets wrong behind a cache cannot be put right",
+            hint="give PaddleNLP's model, or a LoRAModel around it",
+        )
     if output.past_key_values is not None:
         output.past_key_values = tuple(
             tuple(t.reshape([mask.shape[0], -1, *t.shape[1:]]) for t in pair)
@@ -152,19 +166,30 @@ def _call_flat(
     return output
 
 
-def _twin(layer: nn.Layer) -> nn.Layer:
-    """A model of the same parameters and hooks whose layers can be changed: other threads use the model."""
-    twin = copy.copy(layer)
+def _twin(layer: nn.Layer, twins: dict[int, nn.Layer]) -> nn.Layer:
+    """A model of the same parameters and hooks whose layers can be changed: other threads use the model.
+
+    Args:
+        layer: the model.
+        twins: gets the twin of every layer, by the layer's id.
+    """
+    twin = twins[id(layer)] = copy.copy(layer)
     # Tables that a layer keeps are buffers; their length is an attribute, which has to stay with them.
     twin._buffers = copy.copy(layer._buffers)
     twin._sub_layers = OrderedDict(
-        (name, None if sub is None else _twin(sub)) for name, sub in layer._sub_layers.items()
+        (name, None if sub is None else _twin(sub, twins))
+        for name, sub in layer._sub_layers.items()
     )
+    for name, value in list(vars(twin).items()):
+        # A LoRA model's forward is its model's.
+        if isinstance(value, MethodType) and id(value.__self__) in twins:
+            vars(twin)[name] = MethodType(value.__func__, twins[id(value.__self__)])
     return twin
 
 
-def _make_masks_for(model: nn.Layer, past: int) -> None:
-    """Masks are made for ``past`` tokens in the cache."""
+def _make_masks_for(model: nn.Layer, past: int) -> list[int]:
+    """Masks are made for ``past`` tokens in the cache; gives the lengths of those made so far."""
+    made: list[int] = []
     owner = next(
         layer
         for layer in model.sublayers(include_self=True)
@@ -173,9 +198,11 @@ def _make_masks_for(model: nn.Layer, past: int) -> None:
     prepare = owner._prepare_attn_mask
 
     def corrected(mask: Tensor, *, input_shape: tuple[int, int], **_: int) -> Tensor:
+        made.append(past + input_shape[1])
         return prepare(mask, input_shape=input_shape, past_key_values_length=past)
 
     owner._prepare_attn_mask = corrected
+    return made
 
 
 def _rotate_at(model: nn.Layer, position_ids: Tensor) -> None:

@@ -8,15 +8,20 @@ from typing import Any
 import numpy as np
 import paddle
 import pytest
+from adapters_tiny import fill_branches
 from numpy_falcon import falcon
+from paddle import nn
 from paddlenlp import transformers
 from prefix_tiny import CASES, IDS, LAYERS, P, given_past, prefix_rows, prefixed, run, tiny
 
+from peft_deploy.adapters.lora import LoRAModel
 from peft_deploy.adapters.prefix import (
     PrefixConfig,
     PrefixModelForCausalLM,
     UnsupportedPrefixModelError,
 )
+from peft_deploy.config import LoRAConfig
+from peft_deploy.errors import ExecutionError
 
 NAMES = [name for name, case in CASES.items() if case.model == "RW"]
 ROTARY = [name for name in NAMES if "alibi" not in name]
@@ -25,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 def by_hand(model: Any, ids: np.ndarray = IDS, first: int = 0) -> np.ndarray:
     weights = {
-        name.removeprefix("transformer."): tensor.numpy().astype(np.float64)
+        name.removeprefix("model.").removeprefix("transformer."): tensor.numpy().astype(np.float64)
         for name, tensor in model.model.state_dict().items()
     }
     rows = prefix_rows(model)
@@ -162,6 +167,36 @@ def test_two_threads_on_one_model() -> None:
         assert len(results) == 10
         for result in results:
             np.testing.assert_array_equal(result, wanted[which])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_lora_and_prefix(name: str) -> None:
+    lora = LoRAModel(tiny(name), LoRAConfig(r=2, lora_alpha=4, target_modules=[".*dense.*"]))
+    fill_branches(lora)
+    model = prefixed(base=lora.eval())
+    without, found = by_hand(model), run(model)
+    lora.merge()
+    np.testing.assert_allclose(found, by_hand(model), atol=1e-4)
+    assert np.abs(found - without).max() > 0.1
+    np.testing.assert_allclose(run(model), found, atol=1e-4)
+
+
+class Around(nn.Layer):
+    """Runs a model that is not among its layers; there is another one."""
+
+    def __init__(self, model: Any, shown: Any) -> None:
+        super().__init__()
+        self.hidden, self.shown, self.config = [model], shown, model.config
+
+    def forward(self, input_ids: Any = None, past_key_values: Any = None, **rest: Any) -> Any:
+        return self.hidden[0](input_ids, past_key_values, **rest)
+
+
+def test_a_model_that_cannot_be_put_right_is_an_error() -> None:
+    model = prefixed(base=Around(tiny("rw"), tiny("rw", seed=1)))
+    one = paddle.to_tensor(IDS[:, :1])
+    with pytest.raises(ExecutionError, match="Around runs other layers than those it names"):
+        model(one)
 
 
 def test_its_rule_is_not_that_of_others_whose_parameters_begin_alike() -> None:
