@@ -59,7 +59,9 @@ class Outcome:
 def _ratio(used: float) -> str:
     if math.isinf(used):
         return "∞"
-    return f"{used:.2g}" if used < 1000 else f"{used:.0e}".replace("e+0", "e").replace("e+", "e")
+    if used < 1000:
+        return f"{used:.2g}" if used < 100 else f"{used:.0f}"
+    return f"{used:.0e}".replace("e+0", "e").replace("e+", "e")
 
 
 def _logits(verdict: Verdict) -> tuple[str, str]:

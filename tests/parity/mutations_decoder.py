@@ -47,6 +47,13 @@ def no_causal_mask(graph: GraphEdit) -> None:
     graph.on_input("/model/LessOrEqual", 1, "Add", graph.constant(np.array(1000)))
 
 
+def padding_ignored(graph: GraphEdit) -> None:
+    """Every slot counts as a token's."""
+    name = "/model/And"
+    mask = graph.node(name).input[1]
+    graph.node(name).input[1] = graph.add(name, "Or", mask, graph.add(name, "Not", mask))
+
+
 def past_never_masked(graph: GraphEdit) -> None:
     """Padding in the past is seen; in the new tokens it is not."""
     name = "/model/And"
@@ -231,11 +238,7 @@ GRAPH_MUTATIONS = [
     ),
     llama("causal mask off by one, forwards", forward_mask, node="/model/LessOrEqual"),
     llama("no causal mask", no_causal_mask, node="/model/LessOrEqual"),
-    llama(
-        "padding ignored",
-        rewire("/model/And", 1, "/model/LessOrEqual_output_0"),
-        node="/model/And",
-    ),
+    llama("padding ignored", padding_ignored, node="/model/And"),
     llama("padding in the past ignored", past_never_masked, node="/model/And"),
     llama(
         "mask too weak (-8)",
