@@ -32,36 +32,55 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "mutations.md"
 BEGIN, END = "<!-- false alarms: begin -->", "<!-- false alarms: end -->"
 RUNS = 200
+MERGED, AT_RUN_TIME = "merged", "run-time"
 
 
-def run(families: Sequence[str]) -> Iterator[Trial]:
-    """Checks without end: all families and ways with one seed, then with the next."""
+def run(families: Sequence[str], kinds: Sequence[str], exports: Path) -> Iterator[Trial]:
+    """Checks without end: all families and ways with one seed, then with the next.
+
+    Args:
+        families: by name.
+        kinds: of bundles.
+        exports: where bundles are kept, and taken from if they are there.
+    """
     from good_bundles import run_trials
 
-    recipe = tiny()
-    with tempfile.TemporaryDirectory() as root:
-        exported = [
-            _export(models()[family], Path(root) / f"{family}-{at_run_time}", at_run_time)
-            for family in families
-            for at_run_time in (False, True)
-        ]
-        for seed in count(1):
-            for number, bundle in enumerate(exported):
-                with tempfile.TemporaryDirectory() as folder:
-                    yield from run_trials(bundle, Path(folder) / str(number), seed, recipe)
+    wanted = [
+        (models()[family], kind)
+        for family in families
+        for kind in kinds
+        if kind == MERGED or not _has_two_graphs(models()[family])
+    ]
+    for seed in count(1):
+        for model, kind in wanted:
+            exported = _exported(model, exports / f"{model}-{kind}", kind)
+            with tempfile.TemporaryDirectory() as folder:
+                yield from run_trials(exported, Path(folder) / "made", seed, tiny())
 
 
-def _export(model: str, folder: Path, at_run_time: bool) -> Exported:
-    from made_bundles import export, make_folders
+def _has_two_graphs(model: str) -> bool:
+    """Such a model has no slots for adapters."""
+    from peft_deploy.families import EncoderDecoderFamily, find_family
+
+    return isinstance(find_family(tiny().config_of(model)), EncoderDecoderFamily)
+
+
+def _exported(model: str, folder: Path, kind: str) -> Exported:
+    from made_bundles import Exported, export, make_folders
 
     from peft_deploy.families import DecoderFamily, find_family
 
-    recipe = tiny()
-    is_decoder = isinstance(find_family(recipe.config_of(model)), DecoderFamily)
-    with_prefix = is_decoder and not at_run_time
-    print("exporting", model, file=sys.stderr, flush=True)
+    if (folder / "bundle").is_dir():
+        return Exported(model, folder, kind == AT_RUN_TIME)
+    is_decoder = isinstance(find_family(tiny().config_of(model)), DecoderFamily)
     return export(
-        make_folders(recipe, folder, model, at_run_time=at_run_time, with_prefix=with_prefix)
+        make_folders(
+            tiny(),
+            folder,
+            model,
+            at_run_time=kind == AT_RUN_TIME,
+            with_prefix=is_decoder and kind == MERGED,
+        )
     )
 
 
@@ -93,21 +112,10 @@ def _cell(trials: Sequence[Trial]) -> str:
     return f"{len(trials)} checks, at most {max(t.used for t in trials):.2f}"
 
 
-def main() -> int:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--runs", type=int, default=RUNS, help="how many checks")
-    parser.add_argument("--minutes", type=float, help="stop after that long, with fewer")
-    parser.add_argument("--family", action="append", choices=sorted(models()))
-    parser.add_argument("--write", action="store_true", help="put the outcome into the document")
-    args = parser.parse_args()
-    os.environ.setdefault("MKL_DEBUG_CPU_TYPE", "5")
-    sys.path.insert(0, str(ROOT / "tests" / "parity"))
-    if args.write and args.family:
-        parser.error("--write needs all families")
+def _collect(endless: Iterator[Trial], runs: int, minutes: float | None) -> list[Trial]:
     trials: list[Trial] = []
-    end = math.inf if args.minutes is None else time.monotonic() + 60 * args.minutes
-    for trial in run(args.family or sorted(models())):
+    end = math.inf if minutes is None else time.monotonic() + 60 * minutes
+    for trial in endless:
         trials.append(trial)
         state = "passed" if trial.report.passed else "FAILED"
         print(
@@ -117,8 +125,37 @@ def main() -> int:
             file=sys.stderr,
             flush=True,
         )
-        if len(trials) >= args.runs or time.monotonic() > end:
+        if len(trials) >= runs or time.monotonic() > end:
             break
+    return trials
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--runs", type=int, default=RUNS, help="how many checks")
+    parser.add_argument("--minutes", type=float, help="stop after that long, with fewer")
+    parser.add_argument("--family", action="append", choices=sorted(models()))
+    parser.add_argument(
+        "--kind",
+        action="append",
+        choices=(MERGED, AT_RUN_TIME),
+        help="of bundles; both if left out",
+    )
+    parser.add_argument(
+        "--exports", type=Path, help="keep the exported bundles there, for the next time"
+    )
+    parser.add_argument("--write", action="store_true", help="put the outcome into the document")
+    args = parser.parse_args()
+    os.environ.setdefault("MKL_DEBUG_CPU_TYPE", "5")
+    sys.path.insert(0, str(ROOT / "tests" / "parity"))
+    if args.write and args.family:
+        parser.error("--write needs all families")
+    with tempfile.TemporaryDirectory() as folder:
+        families = args.family or sorted(models())
+        kinds = args.kind or (MERGED, AT_RUN_TIME)
+        endless = run(families, kinds, args.exports or Path(folder))
+        trials = _collect(endless, args.runs, args.minutes)
     outcome = render(trials)
     if args.write:
         text = DOCUMENT.read_text("utf-8")
