@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from peft_deploy.errors import UnsupportedModelError
+from peft_deploy.errors import CheckpointError, UnsupportedModelError
 
 _ROPE_PARAMETERS = "rope_parameters"  # where transformers 5 keeps theta and scaling together
 _NOT_SCALING = ("rope_theta", "partial_rotary_factor")
@@ -26,14 +26,13 @@ def plain_rope(config: Mapping[str, Any], reference: str) -> Mapping[str, Any]:
         reference: what computes the model, for messages.
 
     Raises:
-        UnsupportedModelError: only a part of each head is rotated, or the entry is no object.
+        CheckpointError: the entry is no object.
+        UnsupportedModelError: only a part of each head is rotated.
     """
     rope = config.get(_ROPE_PARAMETERS) or {}
     for key, entry in ((_ROPE_PARAMETERS, rope), ("rope_scaling", config.get("rope_scaling"))):
         if entry and not isinstance(entry, Mapping):
-            raise UnsupportedModelError(
-                f"config.json sets {key} to {entry!r}; it must be an object"
-            )
+            raise CheckpointError(f"config.json sets {key} to {entry!r}; it must be an object")
     partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
     if partial not in (None, 1, 1.0):
         raise UnsupportedModelError(

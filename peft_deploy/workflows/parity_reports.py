@@ -36,7 +36,9 @@ def save_reports(
         >>> save_reports("reports/", "bundle/", report)  # doctest: +SKIP
     """
     path = Path(bundle).expanduser()
-    return write_reports(Path(folder).expanduser(), report, _subject(path, name or path.resolve().name))
+    return write_reports(
+        Path(folder).expanduser(), report, _subject(path, name or path.resolve().name)
+    )
 
 
 def _subject(bundle: Path, name: str) -> Subject:

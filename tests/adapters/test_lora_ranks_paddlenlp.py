@@ -28,6 +28,7 @@ from peft_deploy.adapters.arrays import to_array
 from peft_deploy.adapters.lora import LoRAConfig, LoRAModel
 from peft_deploy.adapters.lora.column_order import reordered_columns
 from peft_deploy.errors import AdapterError, UnsupportedModelError
+from peft_deploy.families import find_family
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -196,7 +197,11 @@ def test_gathered_ranks_are_the_adapter_on_one_card(
     np.testing.assert_allclose(logits(theirs), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_files_of_ranks_of_a_family_that_is_not_registered(build: Build, tmp_path: Path) -> None:
+def test_files_of_ranks_of_a_family_whose_layers_are_not_known(
+    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = find_family({"architectures": ["Qwen2ForCausalLM"]})
+    monkeypatch.setattr(type(family), "parallel_rules", ())
     whole_adapter(build, "Qwen2", tmp_path / "whole")
     for rank in range(2):
         model = LoRAModel.from_pretrained(build("Qwen2", rank, 2), tmp_path / "whole")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from peft_deploy.errors import UnsupportedModelError
+from peft_deploy.errors import CheckpointError, UnsupportedModelError
 from peft_deploy.families import find_family
 
 CONFIG: dict[str, Any] = {
@@ -46,10 +46,15 @@ def test_both_spellings_mean_the_same(scaling: dict[str, Any]) -> None:
     [
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor to 0.5"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor to 0.5"),
-        ({"rope_parameters": "linear"}, "rope_parameters to 'linear'"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "'yarn'"),
     ],
 )
 def test_what_paddlenlp_would_ignore_is_refused(entries: dict[str, Any], said: str) -> None:
     with pytest.raises(UnsupportedModelError, match=said):
         find_family(CONFIG).paddle_arguments({**CONFIG, **entries})
+
+
+@pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
+def test_an_entry_that_is_no_object_is_damage(key: str) -> None:
+    with pytest.raises(CheckpointError, match=f"{key} to 'linear'; it must be an object"):
+        find_family(CONFIG).paddle_arguments({**CONFIG, key: "linear"})

@@ -149,11 +149,11 @@ def test_extra_tensor_in_the_base(make_tiny_llama: Any, tmp_path: Path) -> None:
 def test_unknown_architecture_names_the_known_ones(tiny_llama: Path, tmp_path: Path) -> None:
     base = shutil.copytree(tiny_llama, tmp_path / "base")
     config = json.loads((base / "config.json").read_text("utf-8"))
-    changed = {**config, "architectures": ["FalconForCausalLM"]}
+    changed = {**config, "architectures": ["MambaForCausalLM"]}
     (base / "config.json").write_text(json.dumps(changed), "utf-8")
     result = run("export", "--base", base, "--output", tmp_path / "out")
     assert result.exit_code == 4
-    assert "FalconForCausalLM" in result.stderr
+    assert "MambaForCausalLM" in result.stderr
     assert "LlamaForCausalLM" in result.stderr
 
 
@@ -254,10 +254,10 @@ def test_a_bundle_that_fails_the_check_is_not_left_in_place(
 
     source_of = export_module.from_folders
 
-    def scaled(*arguments: Any) -> Any:
+    def scaled(*arguments: Any, **options: Any) -> Any:
         import dataclasses
 
-        source = source_of(*arguments)
+        source = source_of(*arguments, **options)
         adapter = source.adapter.adapter
         pairs = {
             name: LoraPair(pair.A, pair.B, pair.scaling * 1.05)
