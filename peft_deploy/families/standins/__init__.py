@@ -12,6 +12,7 @@ Needs Paddle.
 from peft_deploy.families.standins.attention import (
     alibi_bias,
     alibi_slopes,
+    cached_attention,
     causal_bias,
     grouped_attention,
     split_fused_heads,
@@ -27,13 +28,18 @@ from peft_deploy.families.standins.layers import (
 from peft_deploy.families.standins.positions import tokens_up_to
 from peft_deploy.families.standins.rotary import NeighbourRotaryTable, RotaryTable
 from peft_deploy.families.standins.scope import ScopeTrace
+from peft_deploy.families.standins.stand_in import AlibiDecoderStandIn, DecoderStandIn, StandIn
 
 __all__ = [
+    "AlibiDecoderStandIn",
+    "DecoderStandIn",
     "NeighbourRotaryTable",
     "RotaryTable",
     "ScopeTrace",
+    "StandIn",
     "alibi_bias",
     "alibi_slopes",
+    "cached_attention",
     "causal_bias",
     "gelu_tanh",
     "grouped_attention",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 
 import paddle
@@ -9,13 +10,13 @@ from paddle import Tensor, nn
 from paddle.nn import functional as F
 
 from peft_deploy.families.standins.attention import (
+    cached_attention,
     causal_bias,
-    grouped_attention,
     split_fused_heads,
     split_heads,
 )
 from peft_deploy.families.standins.layers import gelu_tanh, layer_norm, linear
-from peft_deploy.families.standins.scope import ScopeTrace
+from peft_deploy.families.standins.stand_in import DecoderStandIn
 
 # PaddleNLP's "gelu" is the tanh form in both models.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -25,7 +26,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class AbsoluteDecoder(nn.Layer):  # type: ignore[misc]
+class AbsoluteDecoder(DecoderStandIn):
     """The layers; a subclass says what comes before and after them.
 
     Args:
@@ -36,9 +37,7 @@ class AbsoluteDecoder(nn.Layer):  # type: ignore[misc]
     """
 
     def __init__(self, model: nn.Layer, layers: str, activation: str, scale: float) -> None:
-        super().__init__()
-        self.model = model
-        self.scopes = ScopeTrace()
+        super().__init__(model)
         self.layers_path = layers.split(".")
         self.activation = ACTIVATIONS[activation]
         self.scale = scale
@@ -47,27 +46,14 @@ class AbsoluteDecoder(nn.Layer):  # type: ignore[misc]
         self.pre_norm = model.config.normalize_before
         self.fused = model.config.fuse_attention_qkv
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        position_ids: Tensor,
-        past: list[Tensor],
-    ) -> list[Tensor]:
-        """See ``DecoderFamily.stand_in``."""
-        outputs: list[Tensor] = self._run(input_ids, attention_mask, position_ids, past)
-        return outputs
-
+    @abstractmethod
     def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """What the first layer gets, [B, S, E]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def logits(self, x: Tensor) -> Tensor:
         """[B, S, V] from what the last layer gives, [B, S, E]."""
-        raise NotImplementedError
 
-    # Without this mark Paddle rewrites the source of everything called here, once for every layer.
-    @paddle.jit.not_to_static  # type: ignore[untyped-decorator]
     def _run(
         self,
         input_ids: Tensor,
@@ -83,16 +69,16 @@ class AbsoluteDecoder(nn.Layer):  # type: ignore[misc]
             layers = getattr(layers, name)
         for i, layer in enumerate(layers):
             with self.scopes(*self.layers_path, str(i)):
-                x, present = self._layer(layer, x, bias, past[2 * i], past[2 * i + 1])
+                x, present = self._layer(layer, x, bias, past[2 * i : 2 * i + 2])
                 presents += present
         return [self.logits(x), *presents]
 
     def _layer(
-        self, layer: nn.Layer, x: Tensor, bias: Tensor, past_key: Tensor, past_value: Tensor
+        self, layer: nn.Layer, x: Tensor, bias: Tensor, past: list[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
         """Norms before attention and feed-forward block, or after each of the two sums."""
         h = self._norm(layer, "norm1", x) if self.pre_norm else x
-        out, present = self._attention(layer.self_attn, h, bias, past_key, past_value)
+        out, present = self._attention(layer.self_attn, h, bias, past)
         x = x + out
         x = x if self.pre_norm else self._norm(layer, "norm1", x)
         h = self._norm(layer, "norm2", x) if self.pre_norm else x
@@ -108,7 +94,7 @@ class AbsoluteDecoder(nn.Layer):  # type: ignore[misc]
             return linear(getattr(layer, name), x)
 
     def _attention(
-        self, attention: nn.Layer, h: Tensor, bias: Tensor, past_key: Tensor, past_value: Tensor
+        self, attention: nn.Layer, h: Tensor, bias: Tensor, past: list[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
         with self.scopes("self_attn"):
             if self.fused:
@@ -119,10 +105,8 @@ class AbsoluteDecoder(nn.Layer):  # type: ignore[misc]
                     split_heads(self._project(attention, name, h), self.heads, self.head_dim)
                     for name in ("q_proj", "k_proj", "v_proj")
                 )
-            k = paddle.concat([past_key, k], 2)  # [B, H, T, D]
-            v = paddle.concat([past_value, v], 2)
-            out = grouped_attention(q, k, v, bias, scale=self.scale)
-            return self._project(attention, "out_proj", out), [k, v]
+            out, present = cached_attention(q, k, v, past, bias, scale=self.scale)
+            return self._project(attention, "out_proj", out), present
 
     def _feed_forward(self, layer: nn.Layer, h: Tensor) -> Tensor:
         return self._project(layer, "linear2", self.activation(self._project(layer, "linear1", h)))

@@ -69,6 +69,27 @@ def alibi_bias(attention_mask: Tensor, slopes: npt.NDArray[np.float32]) -> Tenso
     return places.unsqueeze([1, 2]) * slope
 
 
+def cached_attention(
+    q: Tensor, k: Tensor, v: Tensor, past: list[Tensor], bias: Tensor, *, scale: float
+) -> tuple[Tensor, list[Tensor]]:
+    """:func:`grouped_attention` to the past and to the new tokens.
+
+    Args:
+        q: [B, H, S, D].
+        k: of the new tokens, [B, K, S, D].
+        v: likewise.
+        past: keys and values of the tokens before, [B, K, P, D].
+        bias: as there.
+        scale: as there.
+
+    Returns:
+        [B, S, H * D], and the keys and values of all tokens, [B, K, T, D].
+    """
+    k = paddle.concat([past[0], k], 2)
+    v = paddle.concat([past[1], v], 2)
+    return grouped_attention(q, k, v, bias, scale=scale), [k, v]
+
+
 def grouped_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, *, scale: float) -> Tensor:
     """Scaled dot-product attention with grouped heads (Ainslie et al. 2023).
 

@@ -9,15 +9,15 @@ from paddle.nn import functional as F
 from peft_deploy.families.standins.attention import (
     alibi_bias,
     alibi_slopes,
+    cached_attention,
     causal_bias,
-    grouped_attention,
     split_fused_heads,
 )
 from peft_deploy.families.standins.layers import gelu_tanh, layer_norm, linear
-from peft_deploy.families.standins.scope import ScopeTrace
+from peft_deploy.families.standins.stand_in import AlibiDecoderStandIn
 
 
-class BloomStandIn(nn.Layer):  # type: ignore[misc]
+class BloomStandIn(AlibiDecoderStandIn):
     """Shares the parameters of the model it stands for.
 
     Args:
@@ -25,23 +25,12 @@ class BloomStandIn(nn.Layer):  # type: ignore[misc]
     """
 
     def __init__(self, model: nn.Layer) -> None:
-        super().__init__()
-        self.model = model
-        self.scopes = ScopeTrace()
+        super().__init__(model)
         self.heads = model.config.n_head
         self.head_dim = model.config.hidden_size // self.heads
         self.sum_after_norm = model.config.apply_residual_connection_post_layernorm
         self.slopes = alibi_slopes(self.heads)
 
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, past: list[Tensor]
-    ) -> list[Tensor]:
-        """See ``DecoderFamily.stand_in``."""
-        outputs: list[Tensor] = self._run(input_ids, attention_mask, past)
-        return outputs
-
-    # Without this mark Paddle rewrites the source of everything called here, once for every layer.
-    @paddle.jit.not_to_static  # type: ignore[untyped-decorator]
     def _run(self, input_ids: Tensor, attention_mask: Tensor, past: list[Tensor]) -> list[Tensor]:
         decoder, scope = self.model.bloom, self.scopes
         presents: list[Tensor] = []
@@ -54,7 +43,7 @@ class BloomStandIn(nn.Layer):  # type: ignore[misc]
             bias = bias + alibi_bias(attention_mask, self.slopes)
             for i, layer in enumerate(decoder.h):
                 with scope("h", str(i)):
-                    x, present = self._layer(layer, x, bias, past[2 * i], past[2 * i + 1])
+                    x, present = self._layer(layer, x, bias, past[2 * i : 2 * i + 2])
                     presents += present
             x = self._norm(decoder, "ln_f", x)
         with scope("lm_head"):
@@ -62,10 +51,10 @@ class BloomStandIn(nn.Layer):  # type: ignore[misc]
         return [logits, *presents]
 
     def _layer(
-        self, layer: nn.Layer, x: Tensor, bias: Tensor, past_key: Tensor, past_value: Tensor
+        self, layer: nn.Layer, x: Tensor, bias: Tensor, past: list[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
         h = self._norm(layer, "input_layernorm", x)
-        out, present = self._attention(layer.self_attention, h, bias, past_key, past_value)
+        out, present = self._attention(layer.self_attention, h, bias, past)
         x = out + (h if self.sum_after_norm else x)
         h = self._norm(layer, "post_attention_layernorm", x)
         return self._feed_forward(layer.mlp, h) + (h if self.sum_after_norm else x), present
@@ -75,17 +64,15 @@ class BloomStandIn(nn.Layer):  # type: ignore[misc]
             return layer_norm(getattr(layer, name), x)
 
     def _attention(
-        self, attention: nn.Layer, h: Tensor, bias: Tensor, past_key: Tensor, past_value: Tensor
+        self, attention: nn.Layer, h: Tensor, bias: Tensor, past: list[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
         with self.scopes("self_attention"):
             with self.scopes("query_key_value"):
                 fused = linear(attention.query_key_value, h)
             q, k, v = split_fused_heads(fused, self.heads, self.head_dim)
-            k = paddle.concat([past_key, k], 2)  # [B, H, T, D]
-            v = paddle.concat([past_value, v], 2)
-            out = grouped_attention(q, k, v, bias, scale=self.head_dim**-0.5)
+            out, present = cached_attention(q, k, v, past, bias, scale=self.head_dim**-0.5)
             with self.scopes("dense"):
-                return linear(attention.dense, out), [k, v]
+                return linear(attention.dense, out), present
 
     def _feed_forward(self, mlp: nn.Layer, h: Tensor) -> Tensor:
         with self.scopes("mlp"):

@@ -6,13 +6,13 @@ import paddle
 from paddle import Tensor, nn
 from paddle.nn import functional as F
 
-from peft_deploy.families.standins.attention import causal_bias, grouped_attention, split_heads
+from peft_deploy.families.standins.attention import cached_attention, causal_bias, split_heads
 from peft_deploy.families.standins.layers import linear, rms_norm, silu_gated
 from peft_deploy.families.standins.rotary import NeighbourRotaryTable
-from peft_deploy.families.standins.scope import ScopeTrace
+from peft_deploy.families.standins.stand_in import DecoderStandIn
 
 
-class ChatGLM2StandIn(nn.Layer):  # type: ignore[misc]
+class ChatGLM2StandIn(DecoderStandIn):
     """Shares the parameters of the model it stands for.
 
     Args:
@@ -20,9 +20,7 @@ class ChatGLM2StandIn(nn.Layer):  # type: ignore[misc]
     """
 
     def __init__(self, model: nn.Layer) -> None:
-        super().__init__()
-        self.model = model
-        self.scopes = ScopeTrace()
+        super().__init__(model)
         config = model.config
         self.heads = config.num_attention_heads
         self.kv_heads = config.multi_query_group_num
@@ -34,19 +32,6 @@ class ChatGLM2StandIn(nn.Layer):  # type: ignore[misc]
         self.rotary = NeighbourRotaryTable(cos, sin, self.head_dim)
         self.norm_is_residual = config.apply_residual_connection_post_layernorm
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        position_ids: Tensor,
-        past: list[Tensor],
-    ) -> list[Tensor]:
-        """See ``Family.stand_in``."""
-        outputs: list[Tensor] = self._run(input_ids, attention_mask, position_ids, past)
-        return outputs
-
-    # Without this mark Paddle rewrites the source of everything called here, once for every layer.
-    @paddle.jit.not_to_static  # type: ignore[untyped-decorator]
     def _run(
         self,
         input_ids: Tensor,
@@ -109,11 +94,9 @@ class ChatGLM2StandIn(nn.Layer):  # type: ignore[misc]
                 )
             )
             q, k = self.rotary.rotate(q, *rotation), self.rotary.rotate(k, *rotation)
-            k = paddle.concat([past[0], k], 2)  # [B, K, T, D]
-            v = paddle.concat([past[1], v], 2)
-            out = grouped_attention(q, k, v, bias, scale=D**-0.5)
+            out, present = cached_attention(q, k, v, past, bias, scale=D**-0.5)
             with self.scopes("dense"):
-                return linear(attention.dense, out), [k, v]
+                return linear(attention.dense, out), present
 
     def _feed_forward(self, mlp: nn.Layer, h: Tensor) -> Tensor:
         with self.scopes("mlp"):

@@ -11,7 +11,7 @@ from paddle.nn import functional as F
 from peft_deploy.families.pooling import Pooling
 from peft_deploy.families.standins.attention import grouped_attention, split_heads
 from peft_deploy.families.standins.layers import layer_norm, linear
-from peft_deploy.families.standins.scope import ScopeTrace
+from peft_deploy.families.standins.stand_in import StandIn
 
 # What PaddleNLP's encoders add to a masked score. Scores are far smaller, so that softmax gives masked tokens
 # exactly 0; in a row that is all padding it is the same for all of them, and so changes nothing.
@@ -26,7 +26,7 @@ def set_epsilon(model: nn.Layer, epsilon: float) -> None:
             layer._epsilon = epsilon
 
 
-class EncoderStandIn(nn.Layer):  # type: ignore[misc]
+class EncoderStandIn(StandIn):
     """Shares the parameters of the model it stands for.
 
     Args:
@@ -39,9 +39,7 @@ class EncoderStandIn(nn.Layer):  # type: ignore[misc]
     def __init__(
         self, model: nn.Layer, encoder: nn.Layer, head: str, pooling: Pooling | None
     ) -> None:
-        super().__init__()
-        self.model = model
-        self.scopes = ScopeTrace()
+        super().__init__(model)
         self._path = () if encoder is model else (model.base_model_prefix,)
         self._encoder = [encoder]  # in a list: it is part of the model already
         self._head = head
@@ -56,11 +54,9 @@ class EncoderStandIn(nn.Layer):  # type: ignore[misc]
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
     ) -> list[Tensor]:
         """See ``Family.stand_in``."""
-        outputs: list[Tensor] = self._run(input_ids, attention_mask, token_type_ids)
+        outputs: list[Tensor] = self.traced(input_ids, attention_mask, token_type_ids)
         return outputs
 
-    # Without this mark Paddle rewrites the source of everything called here, once for every layer.
-    @paddle.jit.not_to_static  # type: ignore[untyped-decorator]
     def _run(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None
     ) -> list[Tensor]:

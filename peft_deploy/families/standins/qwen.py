@@ -6,14 +6,14 @@ import paddle
 from paddle import Tensor, nn
 from paddle.nn import functional as F
 
-from peft_deploy.families.standins.attention import causal_bias, grouped_attention, split_heads
+from peft_deploy.families.standins.attention import cached_attention, causal_bias, split_heads
 from peft_deploy.families.standins.layers import linear, rms_norm, silu_gated
 from peft_deploy.families.standins.positions import tokens_up_to
 from peft_deploy.families.standins.rotary import RotaryTable
-from peft_deploy.families.standins.scope import ScopeTrace
+from peft_deploy.families.standins.stand_in import DecoderStandIn
 
 
-class QwenStandIn(nn.Layer):  # type: ignore[misc]
+class QwenStandIn(DecoderStandIn):
     """Shares the parameters of the model it stands for.
 
     Args:
@@ -22,9 +22,7 @@ class QwenStandIn(nn.Layer):  # type: ignore[misc]
     """
 
     def __init__(self, model: nn.Layer, positions: int) -> None:
-        super().__init__()
-        self.model = model
-        self.scopes = ScopeTrace()
+        super().__init__(model)
         self.heads = model.config.num_attention_heads
         self.head_dim = model.config.hidden_size // self.heads
         half = self.head_dim // 2
@@ -39,19 +37,6 @@ class QwenStandIn(nn.Layer):  # type: ignore[misc]
                 "factors", paddle.concat([paddle.ones([1, 1]), factors]), persistable=False
             )
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        position_ids: Tensor,
-        past: list[Tensor],
-    ) -> list[Tensor]:
-        """See ``Family.stand_in``."""
-        outputs: list[Tensor] = self._run(input_ids, attention_mask, position_ids, past)
-        return outputs
-
-    # Without this mark Paddle rewrites the source of everything called here, once for every layer.
-    @paddle.jit.not_to_static  # type: ignore[untyped-decorator]
     def _run(
         self,
         input_ids: Tensor,
@@ -105,11 +90,9 @@ class QwenStandIn(nn.Layer):  # type: ignore[misc]
             q, k = self.rotary.rotate(q, *rotation), self.rotary.rotate(k, *rotation)
             if factor is not None:
                 q = q * factor
-            k = paddle.concat([past[0], k], 2)  # [B, H, T, D]
-            v = paddle.concat([past[1], v], 2)
-            out = grouped_attention(q, k, v, bias, scale=self.head_dim**-0.5)
+            out, present = cached_attention(q, k, v, past, bias, scale=self.head_dim**-0.5)
             with scope("c_proj"):
-                return linear(layer.attn.c_proj, out), [k, v]
+                return linear(layer.attn.c_proj, out), present
 
     def _feed_forward(self, layer: nn.Layer, x: Tensor) -> Tensor:
         mlp, scope = layer.mlp, self.scopes

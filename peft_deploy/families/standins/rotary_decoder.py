@@ -8,13 +8,13 @@ import paddle
 from paddle import Tensor, nn
 from paddle.nn import functional as F
 
-from peft_deploy.families.standins.attention import causal_bias, grouped_attention, split_heads
+from peft_deploy.families.standins.attention import cached_attention, causal_bias, split_heads
 from peft_deploy.families.standins.layers import linear, rms_norm
 from peft_deploy.families.standins.rotary import RotaryTable
-from peft_deploy.families.standins.scope import ScopeTrace
+from peft_deploy.families.standins.stand_in import DecoderStandIn
 
 
-class RotaryDecoderStandIn(nn.Layer):  # type: ignore[misc]
+class RotaryDecoderStandIn(DecoderStandIn):
     """Shares the parameters of the model it stands for.
 
     Args:
@@ -34,10 +34,8 @@ class RotaryDecoderStandIn(nn.Layer):  # type: ignore[misc]
         norm_offset: float = 0.0,
         embedding_scale: float = 1.0,
     ) -> None:
-        super().__init__()
-        self.model = model
+        super().__init__(model)
         self.body = body
-        self.scopes = ScopeTrace()
         self.activation = activation
         self.norm_offset = norm_offset
         self.embedding_scale = embedding_scale
@@ -49,19 +47,6 @@ class RotaryDecoderStandIn(nn.Layer):  # type: ignore[misc]
         self.tied = config.tie_word_embeddings
         self.rotary = _table(attention.rotary_emb, config.max_position_embeddings, self.head_dim)
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        position_ids: Tensor,
-        past: list[Tensor],
-    ) -> list[Tensor]:
-        """See ``Family.stand_in``."""
-        outputs: list[Tensor] = self._run(input_ids, attention_mask, position_ids, past)
-        return outputs
-
-    # Without this mark Paddle rewrites the source of everything called here, once for every layer.
-    @paddle.jit.not_to_static  # type: ignore[untyped-decorator]
     def _run(
         self,
         input_ids: Tensor,
@@ -79,7 +64,7 @@ class RotaryDecoderStandIn(nn.Layer):  # type: ignore[misc]
             for i, layer in enumerate(decoder.layers):
                 with scope("layers", str(i)):
                     out, present = self._attention(
-                        layer, x, bias, cos, sin, past[2 * i], past[2 * i + 1]
+                        layer, x, bias, cos, sin, past[2 * i : 2 * i + 2]
                     )
                     x = x + out
                     x = x + self._feed_forward(layer, x)
@@ -111,8 +96,7 @@ class RotaryDecoderStandIn(nn.Layer):  # type: ignore[misc]
         bias: Tensor,
         cos: Tensor,
         sin: Tensor,
-        past_key: Tensor,
-        past_value: Tensor,
+        past: list[Tensor],
     ) -> tuple[Tensor, list[Tensor]]:
         attention, scope = layer.self_attn, self.scopes
         with scope("input_layernorm"):
@@ -120,11 +104,9 @@ class RotaryDecoderStandIn(nn.Layer):  # type: ignore[misc]
         with scope("self_attn"):
             q, k, v = self._heads(attention, h)
             q, k = self.rotary.rotate(q, cos, sin), self.rotary.rotate(k, cos, sin)
-            k = paddle.concat([past_key, k], 2)  # [B, K, T, D]
-            v = paddle.concat([past_value, v], 2)
-            out = grouped_attention(q, k, v, bias, scale=self.head_dim**-0.5)
+            out, present = cached_attention(q, k, v, past, bias, scale=self.head_dim**-0.5)
             with scope("o_proj"):
-                return linear(attention.o_proj, out), [k, v]
+                return linear(attention.o_proj, out), present
 
     def _heads(self, attention: nn.Layer, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, H, S, D], keys and values [B, K, S, D], before rotation."""

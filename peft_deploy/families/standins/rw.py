@@ -11,14 +11,14 @@ from paddle.nn import functional as F
 from peft_deploy.families.standins.attention import (
     alibi_bias,
     alibi_slopes,
+    cached_attention,
     causal_bias,
-    grouped_attention,
     split_fused_heads,
     split_heads,
 )
 from peft_deploy.families.standins.layers import layer_norm, linear
 from peft_deploy.families.standins.rotary import RotaryTable
-from peft_deploy.families.standins.scope import ScopeTrace
+from peft_deploy.families.standins.stand_in import DecoderStandIn, StandIn
 
 
 def coarse_slopes(heads: int) -> npt.NDArray[np.float32]:
@@ -28,13 +28,11 @@ def coarse_slopes(heads: int) -> npt.NDArray[np.float32]:
     return slopes
 
 
-class _Falcon(nn.Layer):  # type: ignore[misc]
+class _Falcon(StandIn):
     """Shares the parameters of the model it stands for."""
 
     def __init__(self, model: nn.Layer) -> None:
-        super().__init__()
-        self.model = model
-        self.scopes = ScopeTrace()
+        super().__init__(model)
         config = model.config
         self.heads = config.n_head
         self.head_dim = config.hidden_size // config.n_head
@@ -50,8 +48,6 @@ class _Falcon(nn.Layer):  # type: ignore[misc]
             cos, sin = layer.cos_sin(config.max_position_embeddings, paddle.float32)
             self.rotary = RotaryTable(cos[0, :, :half].numpy(), sin[0, :, :half].numpy())
 
-    # Without this mark Paddle rewrites the source of everything called here, once for every layer.
-    @paddle.jit.not_to_static  # type: ignore[untyped-decorator]
     def _run(
         self,
         input_ids: Tensor,
@@ -110,11 +106,9 @@ class _Falcon(nn.Layer):  # type: ignore[misc]
             q, k, v = self._split(fused)
             if self.rotary is not None and rotation is not None:
                 q, k = self.rotary.rotate(q, *rotation), self.rotary.rotate(k, *rotation)
-            k = paddle.concat([past[0], k], 2)  # [B, K, T, D]
-            v = paddle.concat([past[1], v], 2)
-            out = grouped_attention(q, k, v, bias, scale=self.scale)
+            out, present = cached_attention(q, k, v, past, bias, scale=self.scale)
             with self.scopes("dense"):
-                return linear(attention.dense, out), [k, v]
+                return linear(attention.dense, out), present
 
     def _split(self, fused: Tensor) -> list[Tensor]:
         """Query [B, H, S, D], key and value [B, K, S, D]."""
@@ -133,23 +127,12 @@ class _Falcon(nn.Layer):  # type: ignore[misc]
                 return linear(mlp.dense_4h_to_h, h)
 
 
-class FalconStandIn(_Falcon):
+class FalconStandIn(_Falcon, DecoderStandIn):
     """A model with rotary positions.
 
     Args:
         model: PaddleNLP's ``RWForCausalLM``.
     """
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        position_ids: Tensor,
-        past: list[Tensor],
-    ) -> list[Tensor]:
-        """See ``Family.stand_in``."""
-        outputs: list[Tensor] = self._run(input_ids, attention_mask, position_ids, past)
-        return outputs
 
 
 class FalconAlibiStandIn(_Falcon):
@@ -163,5 +146,5 @@ class FalconAlibiStandIn(_Falcon):
         self, input_ids: Tensor, attention_mask: Tensor, past: list[Tensor]
     ) -> list[Tensor]:
         """See ``Family.stand_in``."""
-        outputs: list[Tensor] = self._run(input_ids, attention_mask, None, past)
+        outputs: list[Tensor] = self.traced(input_ids, attention_mask, None, past)
         return outputs

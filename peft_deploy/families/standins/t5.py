@@ -18,12 +18,12 @@ from peft_deploy.families.standins.attention import (
 )
 from peft_deploy.families.standins.layers import gelu_tanh, linear, rms_norm
 from peft_deploy.families.standins.positions import tokens_up_to
-from peft_deploy.families.standins.scope import ScopeTrace
+from peft_deploy.families.standins.stand_in import StandIn
 
 _GATES: dict[str, Callable[[Tensor], Tensor]] = {"gated-gelu": gelu_tanh, "gated-silu": F.silu}
 
 
-class _T5StandIn(nn.Layer):  # type: ignore[misc]
+class _T5StandIn(StandIn):
     """What encoder and decoder have in common. Shares the parameters of the model it stands for.
 
     Args:
@@ -36,9 +36,7 @@ class _T5StandIn(nn.Layer):  # type: ignore[misc]
     def __init__(
         self, model: nn.Layer, stack: nn.Layer, path: str, relative: npt.NDArray[np.int64]
     ) -> None:
-        super().__init__()
-        self.model = model
-        self.scopes = ScopeTrace()
+        super().__init__(model)
         self._stack = [stack]  # in a list: it is part of the model already
         self._path = path.split(".")
         self._heads = model.config.num_heads
@@ -128,11 +126,9 @@ class T5EncoderStandIn(_T5StandIn):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> list[Tensor]:
         """See ``EncoderDecoderFamily.encoder_stand_in``."""
-        outputs: list[Tensor] = self._run(input_ids, attention_mask)
+        outputs: list[Tensor] = self.traced(input_ids, attention_mask)
         return outputs
 
-    # Without this mark Paddle rewrites the source of everything called here, once for every layer.
-    @paddle.jit.not_to_static  # type: ignore[untyped-decorator]
     def _run(self, input_ids: Tensor, attention_mask: Tensor) -> list[Tensor]:
         x = self._embed(input_ids)
         places = attention_mask.cumsum(-1)  # [B, S]
@@ -175,12 +171,11 @@ class T5DecoderStandIn(_T5StandIn):
         past: list[Tensor],
     ) -> list[Tensor]:
         """See ``Family.stand_in``."""
-        outputs: list[Tensor] = self._run(
+        outputs: list[Tensor] = self.traced(
             input_ids, attention_mask, encoder_attention_mask, cross, past
         )
         return outputs
 
-    @paddle.jit.not_to_static  # type: ignore[untyped-decorator]
     def _run(
         self,
         input_ids: Tensor,
