@@ -56,7 +56,6 @@ class Bloom(DecoderFamily):
     architectures = {"BloomForCausalLM": "BloomForCausalLM"}
     past_layout = "BSKD"
     past_argument = "cache"
-    takes_positions = False
     lora_targets = tuple(rf".*{name.split('.')[1]}" for name in _LINEARS)
     parallel_rules = (
         ParallelRule(f"bloom.{_LAYER}self_attention.query_key_value", "column", "num_heads"),
@@ -86,6 +85,10 @@ class Bloom(DecoderFamily):
             ),
         ]
     )
+
+    def takes_positions(self, config: Mapping[str, Any]) -> bool:
+        """See :meth:`DecoderFamily.takes_positions`."""
+        return False
 
     def names(self, config: Mapping[str, Any]) -> NameMap:
         """See :meth:`Family.names`."""

@@ -159,13 +159,15 @@ class DecoderFamily(Family):
         past_layout: axes of one layer's cache tensor in PaddleNLP: a permutation of ``"BSKD"``
             (batch, sequence, kv heads, head dim). The bundle's layout is always ``"BKSD"``.
         past_argument: what PaddleNLP's forward calls the cache.
-        takes_positions: whether the graph has ``position_ids``: not when positions follow from the mask alone.
     """
 
     past_layout: ClassVar[str]
     past_argument: ClassVar[str] = "past_key_values"
-    takes_positions: ClassVar[bool] = True
     genai_type = "decoder"
+
+    def takes_positions(self, config: Mapping[str, Any]) -> bool:
+        """Whether the graph has ``position_ids``: not when positions follow from the mask alone."""
+        return True
 
     def run_eagerly(
         self, model: nn.Layer, feeds: Mapping[str, Tensor], signature: GraphSignature
@@ -184,5 +186,5 @@ class DecoderFamily(Family):
             head_dim=dims.head_dim,
             vocab_size=dims.vocab_size,
             dtype=dtype,
-            positions=self.takes_positions,
+            positions=self.takes_positions(config),
         )

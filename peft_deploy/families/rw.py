@@ -16,7 +16,7 @@ from peft_deploy.families.entries import (
 from peft_deploy.families.family import DecoderFamily, ModelDims
 from peft_deploy.families.names import NameMap, NameRule
 from peft_deploy.families.registry import register
-from peft_deploy.signature import GraphSignature, causal_lm_signature
+from peft_deploy.signature import GraphSignature
 
 if TYPE_CHECKING:
     from paddle import Tensor, nn
@@ -156,17 +156,9 @@ class Falcon(DecoderFamily):
 
         return run_with_flat_cache(model, feeds, signature)
 
-    def signature(self, config: Mapping[str, Any], dtype: str = "float32") -> GraphSignature:
-        """See :meth:`Family.signature`."""
-        dims = self.dims(config)
-        return causal_lm_signature(
-            num_layers=dims.num_layers,
-            num_kv_heads=dims.num_kv_heads,
-            head_dim=dims.head_dim,
-            vocab_size=dims.vocab_size,
-            dtype=dtype,
-            positions=not _flag(config, "alibi"),
-        )
+    def takes_positions(self, config: Mapping[str, Any]) -> bool:
+        """See :meth:`DecoderFamily.takes_positions`."""
+        return not _flag(config, "alibi")
 
 
 def _is_transformers(config: Mapping[str, Any]) -> bool:
