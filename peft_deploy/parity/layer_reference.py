@@ -17,7 +17,7 @@ from paddle import nn
 from peft_deploy.adapters.lora import LoRAModel
 from peft_deploy.config.layer_signature import LayerSignature
 from peft_deploy.errors import ExecutionError, PeftDeployError
-from peft_deploy.parity.reference import MAX_EXACT_BYTES, undisturbed
+from peft_deploy.parity.reference import MAX_EXACT_BYTES, adapter_off, undisturbed
 from peft_deploy.runtime import check_feeds
 from peft_deploy.runtime.runner import Array
 from peft_deploy.signature import GraphSignature
@@ -105,11 +105,5 @@ class _Plain(LayerReference):
     def run(
         self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None
     ) -> dict[str, Array]:
-        merged = self._layer.merged
-        self._layer.disable_lora()
-        try:
+        with adapter_off(self._layer):
             return super().run(feeds, outputs)
-        finally:
-            self._layer.enable_lora()
-            if merged:
-                self._layer.merge()

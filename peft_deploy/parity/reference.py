@@ -25,6 +25,7 @@ from peft_deploy.families import EncoderDecoderFamily, Family
 from peft_deploy.runtime import check_feeds
 from peft_deploy.runtime.runner import Array
 from peft_deploy.signature import GraphSignature
+from peft_deploy.trace.layer import evaluating
 
 # A float64 copy larger than this is not made: its arithmetic alone would take minutes.
 MAX_EXACT_BYTES = 4 * 2**30
@@ -117,14 +118,8 @@ class _WithoutAdapter(PaddleReference):
     def run(
         self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None
     ) -> dict[str, Array]:
-        merged = self.model.merged
-        self.model.disable_lora()
-        try:
+        with adapter_off(self.model):
             return super().run(feeds, outputs)
-        finally:
-            self.model.enable_lora()
-            if merged:
-                self.model.merge()
 
 
 def _free_memory() -> int | None:
@@ -143,14 +138,20 @@ def undisturbed(model: nn.Layer) -> Iterator[None]:
 
     The flags are set directly: a LoRA model's own ``eval()`` may merge its weights.
     """
-    training = [layer for layer in model.sublayers(include_self=True) if layer.training]
-    for layer in training:
-        layer.training = False
+    with evaluating(model), paddle.no_grad(), warnings.catch_warnings():
+        # Paddle deprecates what PaddleNLP calls; float64's lowest number overflows a cast.
+        warnings.simplefilter("default" if debugging() else "ignore")
+        yield
+
+
+@contextmanager
+def adapter_off(model: LoRAModel) -> Iterator[None]:
+    """The adapter inactive, and merged again afterwards where it was."""
+    merged = model.merged
+    model.disable_lora()
     try:
-        with paddle.no_grad(), warnings.catch_warnings():
-            # Paddle deprecates what PaddleNLP calls; float64's lowest number overflows a cast.
-            warnings.simplefilter("default" if debugging() else "ignore")
-            yield
+        yield
     finally:
-        for layer in training:
-            layer.training = True
+        model.enable_lora()
+        if merged:
+            model.merge()

@@ -6,7 +6,7 @@ A runtime's own message about a wrong shape names a node deep inside the graph, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -58,6 +58,28 @@ def check_feeds(
         _check_sums(spec, feeds[spec.name], sizes)
     check_indices(signature, feeds, positions)
     _check_length(signature, feeds, positions)
+
+
+def requested_outputs(
+    signature: GraphSignature, outputs: Sequence[str] | None, what: str = "graph"
+) -> list[str]:
+    """The names of the outputs to compute: those that were asked for, all when None.
+
+    Args:
+        signature: of the graph.
+        outputs: what was asked for.
+        what: has the outputs, for the message.
+
+    Raises:
+        ExecutionError: there is no such output.
+    """
+    known = signature.output_names
+    names = known if outputs is None else list(outputs)
+    if unknown := set(names) - set(known):
+        raise ExecutionError(
+            f"the {what} has no such outputs:\n{listed(unknown)}\nits outputs are:\n{listed(known)}"
+        )
+    return names
 
 
 def _check_length(

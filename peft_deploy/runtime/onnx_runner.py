@@ -12,12 +12,17 @@ import numpy as np
 from peft_deploy.bundle.manifest import MANIFEST, MODEL, Manifest
 from peft_deploy.bundle.slots import Slot
 from peft_deploy.environment import debugging, require_onnxruntime
-from peft_deploy.errors import BundleError, ConfigError, ExecutionError, listed
+from peft_deploy.errors import BundleError, ExecutionError, listed
 from peft_deploy.runtime._ort_values import numpy_name, to_numpy, to_ort
 from peft_deploy.runtime.caching import Cache
 from peft_deploy.runtime.external_data import check_external_data
-from peft_deploy.runtime.feeds import check_adapter_ids, check_feeds, check_indices
-from peft_deploy.runtime.runner import Array
+from peft_deploy.runtime.feeds import (
+    check_adapter_ids,
+    check_feeds,
+    check_indices,
+    requested_outputs,
+)
+from peft_deploy.runtime.runner import Array, check_choices
 from peft_deploy.signature import (
     ADAPTER_IDS,
     BANK_A,
@@ -32,7 +37,10 @@ if TYPE_CHECKING:
     import onnxruntime as ort
 
 Provider = Literal["cpu", "cuda"]
-PROVIDERS: dict[str, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+EXECUTION_PROVIDERS: dict[str, str] = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+}
 
 _QUIET = 4  # only what ends the process; errors arrive as exceptions with the same words
 _WARNINGS = 2
@@ -133,13 +141,7 @@ class OnnxRunner:
             ExecutionError: the inputs do not fit the signature, there is no such output, or
                 onnxruntime failed.
         """
-        known = self._signature.output_names
-        names = known if outputs is None else list(outputs)
-        if unknown := set(names) - set(known):
-            raise ExecutionError(
-                f"the graph has no such outputs:\n{listed(unknown)}\nits outputs "
-                f"are:\n{listed(known)}"
-            )
+        names = requested_outputs(self._signature, outputs)
         own = {name: array for name, array in feeds.items() if name != ADAPTER_IDS}
         check_feeds(self._signature, own if self._has_bank else feeds, self._positions)
         values = self._inputs(feeds)
@@ -225,15 +227,12 @@ class OnnxRunner:
 
 
 def _open(path: Path, provider: str, threads: int | None) -> ort.InferenceSession:
-    if provider not in PROVIDERS:
-        raise ConfigError(f"provider {provider!r} is unknown; it can be {' or '.join(PROVIDERS)}")
-    if threads is not None and threads < 1:
-        raise ConfigError(f"{threads} threads cannot run a model; at least 1 is needed")
+    check_choices(provider, threads)
     require_onnxruntime()
     check_external_data(path)
     import onnxruntime as ort
 
-    wanted = PROVIDERS[provider]
+    wanted = EXECUTION_PROVIDERS[provider]
     _require_provider(wanted, ort.get_available_providers())
     options = ort.SessionOptions()
     options.log_severity_level = _WARNINGS if debugging() else _QUIET

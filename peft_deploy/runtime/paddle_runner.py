@@ -10,13 +10,12 @@ import numpy as np
 
 from peft_deploy.bundle.manifest import MANIFEST, PARAMS, PROGRAM, Manifest
 from peft_deploy.environment import available_cores, debugging, require_paddle_inference
-from peft_deploy.errors import BundleError, ConfigError, ExecutionError, listed
-from peft_deploy.runtime.feeds import check_feeds
+from peft_deploy.errors import BundleError, ExecutionError, listed
+from peft_deploy.runtime.feeds import check_feeds, requested_outputs
 from peft_deploy.runtime.program_file import check_weights
-from peft_deploy.runtime.runner import Array
+from peft_deploy.runtime.runner import Array, check_choices
 from peft_deploy.signature import GraphSignature
 
-PROVIDERS = ("cpu", "cuda")
 _GPU_POOL_MB = 256  # what Paddle reserves at once; it grows by itself
 
 
@@ -79,13 +78,7 @@ class PaddleRunner:
         Raises:
             ExecutionError: the inputs do not fit the signature, there is no such output, or Paddle failed.
         """
-        known = self._signature.output_names
-        names = known if outputs is None else list(outputs)
-        if unknown := set(names) - set(known):
-            raise ExecutionError(
-                f"the program has no such outputs:\n{listed(unknown)}\nits outputs "
-                f"are:\n{listed(known)}"
-            )
+        names = requested_outputs(self._signature, outputs, "program")
         check_feeds(self._signature, feeds, self._positions)
         try:
             for name, array in feeds.items():
@@ -97,10 +90,7 @@ class PaddleRunner:
 
 
 def _open(folder: Path, provider: str, threads: int | None) -> Any:
-    if provider not in PROVIDERS:
-        raise ConfigError(f"provider {provider!r} is unknown; it can be {' or '.join(PROVIDERS)}")
-    if threads is not None and threads < 1:
-        raise ConfigError(f"{threads} threads cannot run a model; at least 1 is needed")
+    check_choices(provider, threads)
     program, params = folder / PROGRAM, folder / PARAMS
     for file in (program, params):
         if not file.is_file():

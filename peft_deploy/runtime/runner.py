@@ -8,9 +8,12 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from peft_deploy.errors import ConfigError
 from peft_deploy.signature import GraphSignature
 
 Array = npt.NDArray[np.generic]
+
+PROVIDERS = ("cpu", "cuda")  # what a bundle can run on, whichever runtime runs it
 
 
 class Runner(Protocol):
@@ -30,3 +33,19 @@ class Runner(Protocol):
             ExecutionError: the inputs do not fit the signature, or the runtime failed.
         """
         ...
+
+
+def check_choices(provider: str, threads: int | None) -> None:
+    """Passes when a runner can be opened like this.
+
+    Args:
+        provider: what it is to run on.
+        threads: threads within one operator; None leaves it to the runtime.
+
+    Raises:
+        ConfigError: an unknown provider, or a number of threads below 1.
+    """
+    if provider not in PROVIDERS:
+        raise ConfigError(f"provider {provider!r} is unknown; it can be {' or '.join(PROVIDERS)}")
+    if threads is not None and threads < 1:
+        raise ConfigError(f"{threads} threads cannot run a model; at least 1 is needed")

@@ -17,7 +17,7 @@ from peft_deploy.diagnosis import Check, Diagnosis, Verdict, check_machine
 from peft_deploy.errors import ConversionError, ParityError, PeftDeployError
 from peft_deploy.progress import Progress, Silent
 from peft_deploy.runtime import OnnxRunner
-from peft_deploy.runtime.onnx_runner import PROVIDERS
+from peft_deploy.runtime.onnx_runner import EXECUTION_PROVIDERS
 from peft_deploy.workflows.export import ExportResult, export
 from peft_deploy.workflows.trial_model import write_base, write_lora
 
@@ -154,7 +154,9 @@ def _run_check(provider: str) -> Check:
             f"a matrix product came out as {result.tolist()} instead of {(a @ b).tolist()}",
             "install another version of onnxruntime",
         )
-    return Check(title, Verdict.PASSED, f"{PROVIDERS[provider]} computes a graph rightly")
+    return Check(
+        title, Verdict.PASSED, f"{EXECUTION_PROVIDERS[provider]} computes a graph rightly"
+    )
 
 
 def _product() -> ir.Model:
