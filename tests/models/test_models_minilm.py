@@ -20,7 +20,7 @@ IDS = [101, 1996, 10437, 2018, 5296, 2035, 2305, 1012, 102]
 def test_a_half_written_folder_is_not_complete(tmp_path: Path) -> None:
     recipe = load_recipe("minilm")
     for name in recipe.FILES:
-        recipe._write(tmp_path / name, b"{}")
+        recipe.write_atomically(tmp_path / name, b"{}")
     assert not recipe.is_complete(tmp_path)
     (tmp_path / recipe.WEIGHTS).write_bytes(b"cut short")
     assert not recipe.is_complete(tmp_path)
