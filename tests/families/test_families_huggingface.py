@@ -12,10 +12,11 @@ import numpy_transformers
 import paddle
 import pytest
 from model_recipes import load_recipe
+from published import check_names, check_published
 from safetensors.numpy import load_file, save_file
 
 from peft_deploy.base import open_base
-from peft_deploy.base.dygraph import build_skeleton, load_model, unique_parameters
+from peft_deploy.base.dygraph import load_model
 from peft_deploy.errors import CheckpointError
 from peft_deploy.families import find_family, known_architectures
 
@@ -112,34 +113,14 @@ GPT2 = {
 def test_published_configurations(
     config: dict[str, Any], sizes: tuple[int, ...], arguments: dict[str, Any]
 ) -> None:
-    family = find_family(config)
-    dims = family.dims(config)
-    assert (
-        dims.num_layers,
-        dims.hidden_size,
-        dims.num_heads,
-        dims.num_kv_heads,
-        dims.head_dim,
-        dims.vocab_size,
-        dims.max_positions,
-    ) == sizes
-    assert arguments.items() <= family.paddle_arguments(config).items()
-    # What goes into a bundle says the same in Hugging Face's words.
-    written = family.huggingface_config(config)
-    assert family.dims(written) == dims
-    assert family.paddle_arguments(written) == family.paddle_arguments(config)
-    assert written["eos_token_id"] == config["eos_token_id"]
-    assert find_family(written) is family
+    check_published(config, sizes, arguments)
 
 
 @pytest.mark.parametrize(
     "name", [n for n in tiny.known() if n.startswith(("gpt", "opt", "bloom"))]
 )
 def test_the_map_names_every_parameter(name: str) -> None:
-    config = tiny.config_of(name)
-    family = find_family(config)
-    found = unique_parameters(build_skeleton(family, config)).keys() | family.tied(config).keys()
-    assert family.names(config).parameters(family.dims(config).num_layers) == found
+    check_names(tiny.config_of(name))
 
 
 def as_gpt2(folder: Path, *, bare: bool) -> Path:

@@ -12,15 +12,15 @@ import numpy_rotary
 import paddle
 import pytest
 from model_recipes import load_recipe
+from published import check_names, check_published
 from safetensors.numpy import load_file
 
 import peft_deploy
 from peft_deploy.base import open_base
-from peft_deploy.base.dygraph import build_skeleton, load_model
+from peft_deploy.base.dygraph import load_model
 from peft_deploy.config.export import ExportOptions
 from peft_deploy.errors import AdapterError, CheckpointError, UnsupportedModelError
 from peft_deploy.families import find_family, parallel_axes
-from peft_deploy.families.standins.parameters import unique_parameters
 from peft_deploy.weights.layout import HuggingFaceTensors
 
 tiny = load_recipe("tiny")
@@ -143,33 +143,14 @@ GEMMA_2B = {
 def test_published_configurations(
     config: dict[str, Any], sizes: tuple[int, ...], arguments: dict[str, Any]
 ) -> None:
+    check_published(config, sizes, arguments)
     family = find_family(config)
-    dims = family.dims(config)
-    assert (
-        dims.num_layers,
-        dims.hidden_size,
-        dims.num_heads,
-        dims.num_kv_heads,
-        dims.head_dim,
-        dims.vocab_size,
-        dims.max_positions,
-    ) == sizes
-    assert arguments.items() <= family.paddle_arguments(config).items()
-    # What goes into a bundle says the same in Hugging Face's words.
-    written = family.huggingface_config(config)
-    assert family.dims(written) == dims
-    assert family.paddle_arguments(written) == family.paddle_arguments(config)
-    assert written["eos_token_id"] == config["eos_token_id"]
-    assert find_family(written) is family
-    assert not family.remarks(written)
+    assert not family.remarks(family.huggingface_config(config))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_map_names_every_parameter(name: str) -> None:
-    config = tiny.config_of(name)
-    family = find_family(config)
-    found = unique_parameters(build_skeleton(family, config)).keys() | family.tied(config).keys()
-    assert family.names(config).parameters(family.dims(config).num_layers) == found
+    check_names(tiny.config_of(name))
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n not in FUSED])
