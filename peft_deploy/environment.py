@@ -81,7 +81,7 @@ def require_paddle_inference(purpose: str = "running a bundle in Paddle's format
         if not debugging():
             os.environ.setdefault("GLOG_minloglevel", "3")
     with _quiet_import():
-        import paddle  # noqa: F401
+        importlib.import_module("paddle")
 
 
 def available_cores() -> int:
@@ -124,7 +124,7 @@ def _is_amd() -> bool:
 
 def _silence_paddle() -> None:
     with _quiet_import():
-        import paddlenlp  # noqa: F401
+        importlib.import_module("paddlenlp")
         from paddlenlp.utils.log import logger
     logger.set_level("CRITICAL")
 

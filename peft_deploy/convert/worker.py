@@ -9,6 +9,7 @@ phase, one a line, to EVENTS_FD.
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import os
 import sys
@@ -82,7 +83,7 @@ def _convert_traced(folder: Path, opset: int, phase: Any) -> None:
 
     phase("Importing Paddle2ONNX")
     require_paddle_inference("exporting a model")
-    import paddle2onnx  # noqa: F401
+    importlib.import_module("paddle2onnx")
 
     phase("Checking operators")
     uses = json.loads((folder / OPERATORS_FILE).read_text("utf-8"))
