@@ -1,7 +1,8 @@
 """PaddleNLP's T5 in the dynamic graph, called with a bundle's inputs. Needs Paddle.
 
-What is called is PaddleNLP's code, untouched, with every row alone and without its padding: its positions are counted
-in slots, so that a gap of padding between two tokens would move them apart.
+What is called is PaddleNLP's code with every row alone and without its padding: its positions are counted in slots, so
+that a gap of padding between two tokens would move them apart. Only its norms are replaced, see
+:func:`_norms_in_own_dtype`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from peft_deploy.signature import (
     present_names,
 )
 
+_WHOLE = (paddle.float32, paddle.float64)
 Caches = list[tuple[Tensor, ...]]  # a layer's own keys and values, and those of the source
 
 
@@ -41,7 +43,7 @@ def run_encoder(
         signature: of the encoder.
     """
     rows = []
-    with _norms_in_float64(model):
+    with _norms_in_own_dtype(model):
         for ids, mask in zip(feeds[INPUT_IDS], feeds[ATTENTION_MASK], strict=True):
             places = _places(mask)
             cross = [part[0] for cache in _read(model, ids[places])[1] for part in cache]
@@ -61,7 +63,7 @@ def run_both(
         signature: of both together.
     """
     names = [LOGITS, *present_names(signature.num_layers)]
-    with _norms_in_float64(model):
+    with _norms_in_own_dtype(model):
         rows = [_run_row(model, feeds, signature, b) for b in range(feeds[INPUT_IDS].shape[0])]
     stacked = [paddle.stack(list(parts)) for parts in zip(*rows, strict=True)]
     return dict(zip(names, stacked, strict=True))
@@ -149,16 +151,24 @@ def _vocabulary(signature: GraphSignature) -> int:
 
 
 @contextmanager
-def _norms_in_float64(model: nn.Layer) -> Iterator[None]:
-    """Lets the norms of a float64 model compute in float64; PaddleNLP's do in float32, whatever the model is."""
-    norms = [layer for layer in model.sublayers() if hasattr(layer, "variance_epsilon")]
-    changed = [layer for layer in norms if layer.weight.dtype == paddle.float64]
-    for layer in changed:
+def _norms_in_own_dtype(model: nn.Layer) -> Iterator[None]:
+    """Lets the norms of float32 and float64 models compute in that type.
+
+    PaddleNLP's compute in float32, a float64 model's too. And they round to float16 wherever Paddle's module of
+    mixed precision has a state, on or off: ``paddle.amp.auto_cast(enable=False)`` is one, and a guard that failed
+    leaves its own behind for the rest of the process.
+    """
+    norms = [
+        layer
+        for layer in model.sublayers()
+        if hasattr(layer, "variance_epsilon") and layer.weight.dtype in _WHOLE
+    ]
+    for layer in norms:
         layer.forward = partial(_rms_norm, layer)
     try:
         yield
     finally:
-        for layer in changed:
+        for layer in norms:
             del layer.forward
 
 

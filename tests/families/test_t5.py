@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,9 @@ from peft_deploy.signature import (
 )
 from peft_deploy.workflows.convert_adapter import convert_adapter
 
+auto_cast = importlib.import_module(
+    "paddle.amp.auto_cast"
+)  # its package has a function of that name
 tiny = load_recipe("tiny")
 NAMES = ("t5", "t5-gated")
 SILU = {"feed_forward_proj": "gated-silu"}
@@ -106,6 +111,22 @@ def run_stand_ins(
     return np.asarray(logits.numpy())
 
 
+@pytest.fixture(params=["untouched", "guarded", "left behind"])
+def mixed_precision(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Paddle's state of mixed precision: none, one that is off, one that a failed guard did not take back."""
+    before = auto_cast.amp_state()
+    with ExitStack() as stack:
+        if request.param == "guarded":
+            stack.enter_context(paddle.amp.auto_cast(enable=False))
+        elif request.param == "left behind":
+            with pytest.raises(ValueError, match="level"):
+                stack.enter_context(paddle.amp.auto_cast(level="unknown"))
+        assert bool(auto_cast.amp_state()) == (request.param != "untouched")
+        yield
+    auto_cast._g_amp_state_ = before
+
+
+@pytest.mark.usefixtures("mixed_precision")
 def test_all_sides_compute_what_the_paper_says(base: BaseModel) -> None:
     """Texts so long that every bucket of every distance is in use."""
     weights = {
