@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from peft_deploy.parity.cases import CaseMatrix, Text
+from peft_deploy.parity.effect import Effect
 from peft_deploy.parity.play import Results
-from peft_deploy.parity.report import Effect
 from peft_deploy.parity.tolerance import Limit
 
 
@@ -15,7 +15,7 @@ from peft_deploy.parity.tolerance import Limit
 class Expectation:
     """What the reference says about every text, and how far a bundle may be from that.
 
-    Made by :func:`~peft_deploy.parity.gate.measure_reference`, or read from a bundle that it was
+    Made by :func:`~peft_deploy.parity.measurement.measure_reference`, or read from a bundle that it was
     recorded in.
 
     Args:

@@ -18,8 +18,8 @@ import numpy.typing as npt
 
 from peft_deploy.errors import ExecutionError, ParityError
 from peft_deploy.parity.cases import Text
+from peft_deploy.parity.generation_result import Divergence, GenerationResult, PromptResult
 from peft_deploy.parity.play import read_text
-from peft_deploy.parity.report import Divergence, GenerationResult, PromptResult
 from peft_deploy.parity.tolerance import Limit
 from peft_deploy.progress import Progress
 from peft_deploy.runtime import (

@@ -13,11 +13,14 @@ from dataclasses import replace
 import numpy as np
 
 from peft_deploy.errors import ExecutionError, ParityError
+from peft_deploy.parity.case_result import CaseResult, OutputResult
+from peft_deploy.parity.clock import Clock
 from peft_deploy.parity.compare import Difference, measure
-from peft_deploy.parity.gate import CheckOptions, Clock
+from peft_deploy.parity.effect import Effect
+from peft_deploy.parity.gate import CheckOptions
 from peft_deploy.parity.layer_cases import LayerCase
 from peft_deploy.parity.oracle import Reference
-from peft_deploy.parity.report import CaseResult, Effect, OutputResult, ParityReport
+from peft_deploy.parity.report import ParityReport
 from peft_deploy.parity.tolerance import Limit, derive_limit
 from peft_deploy.progress import Progress, Silent
 from peft_deploy.runtime.runner import Array, Runner

@@ -26,11 +26,11 @@ from peft_deploy.adapters.formats.peft_writer import ArraySource
 from peft_deploy.errors import BundleError, CheckpointError, ConfigError
 from peft_deploy.parity.cases import Case, CaseMatrix, Text
 from peft_deploy.parity.compare import Difference
+from peft_deploy.parity.effect import Effect
 from peft_deploy.parity.expectation import Expectation
 from peft_deploy.parity.gate import CheckOptions
 from peft_deploy.parity.generation import Prompt, Scores
 from peft_deploy.parity.play import Results
-from peft_deploy.parity.report import Effect
 from peft_deploy.parity.tolerance import Limit
 from peft_deploy.signature import GraphSignature
 from peft_deploy.weights import write_safetensors

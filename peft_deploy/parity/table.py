@@ -8,13 +8,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from peft_deploy.parity.report import (
-    CaseResult,
-    Effect,
-    GenerationResult,
-    ParityReport,
-    PromptResult,
-)
+from peft_deploy.parity.case_result import CaseResult
+from peft_deploy.parity.effect import Effect
+from peft_deploy.parity.generation_result import GenerationResult, PromptResult
+from peft_deploy.parity.report import ParityReport
 
 _SHOWN_FAILURES = 3
 

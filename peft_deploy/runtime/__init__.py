@@ -17,7 +17,8 @@ from peft_deploy.runtime.generation import (
     NewToken,
     generate,
 )
-from peft_deploy.runtime.loaded import LoadedBundle, load_bundle
+from peft_deploy.runtime.loaded import LoadedBundle
+from peft_deploy.runtime.loading import load_bundle
 from peft_deploy.runtime.onnx_runner import OnnxRunner
 from peft_deploy.runtime.opening import open_encoder, open_runner
 from peft_deploy.runtime.paddle_runner import PaddleRunner

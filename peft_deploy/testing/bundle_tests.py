@@ -9,9 +9,11 @@ from functools import cached_property
 from pathlib import Path
 
 from peft_deploy.bundle import Manifest
+from peft_deploy.parity.case_result import CaseResult
 from peft_deploy.parity.cases import Case
 from peft_deploy.parity.generation import Prompt
-from peft_deploy.parity.report import CaseResult, ParityReport, PromptResult
+from peft_deploy.parity.generation_result import PromptResult
+from peft_deploy.parity.report import ParityReport
 from peft_deploy.parity.table import explain_case, explain_divergence
 from peft_deploy.workflows.parity_reports import save_reports
 from peft_deploy.workflows.recorded_reference import check_recorded, read_recordings

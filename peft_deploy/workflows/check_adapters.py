@@ -12,7 +12,8 @@ from peft_deploy.bundle import Manifest
 from peft_deploy.bundle.adapter_bank import bank_capacity
 from peft_deploy.config.export import RUNTIME
 from peft_deploy.errors import AdapterError
-from peft_deploy.parity.report import CaseResult, ParityReport
+from peft_deploy.parity.case_result import CaseResult
+from peft_deploy.parity.report import ParityReport
 from peft_deploy.progress import Progress, Silent
 from peft_deploy.runtime import Session
 from peft_deploy.runtime.runner import Array
@@ -53,7 +54,7 @@ def check_adapters(
     if not source.kept:
         return report
     # Here, because of what validate imports in turn.
-    from peft_deploy.workflows.validate import check_bundle
+    from peft_deploy.workflows.check_bundle import check_bundle
 
     progress = progress or Silent()
     session = Session(folder, provider=provider)

@@ -50,7 +50,7 @@ def check_encoder(
         return report
     # Here, because of what validate imports in turn, and because it needs Paddle.
     from peft_deploy.parity.reference import PaddleReference
-    from peft_deploy.workflows.validate import check_runner
+    from peft_deploy.workflows.check_bundle import check_runner
 
     part = check_runner(
         folder,

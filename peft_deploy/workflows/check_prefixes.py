@@ -50,7 +50,7 @@ def check_prefixes(
         extras: what the check covers beyond its usual cases.
     """
     # Here, because of what validate imports in turn.
-    from peft_deploy.workflows.validate import check_runner
+    from peft_deploy.workflows.check_bundle import check_runner
 
     parts = dict(report.parts)
     for named in source.prefixes:

@@ -222,10 +222,10 @@ def _validate(
 ) -> tuple[Manifest, ParityReport]:
     clock.phase("Preparing the check")
     from peft_deploy.workflows.check_adapters import check_adapters
+    from peft_deploy.workflows.check_bundle import check_bundle
     from peft_deploy.workflows.check_prefixes import check_prefixes
     from peft_deploy.workflows.parity_reports import save_reports
     from peft_deploy.workflows.recorded_reference import keep_recordings
-    from peft_deploy.workflows.validate import check_bundle
 
     reference = source.load_reference(clock)
     report = check_bundle(

@@ -23,9 +23,10 @@ from peft_deploy.parity.reference import PaddleReference
 from peft_deploy.progress import Silent
 from peft_deploy.runtime import OnnxRunner
 from peft_deploy.workflows.bisect import with_finding
+from peft_deploy.workflows.check_bundle import check_bundle
 from peft_deploy.workflows.check_extras import CheckExtras
 from peft_deploy.workflows.sources import ExportSource, from_folders
-from peft_deploy.workflows.validate import check_bundle, validate
+from peft_deploy.workflows.validate import validate
 
 pytestmark = pytest.mark.convert
 

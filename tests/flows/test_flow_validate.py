@@ -15,8 +15,9 @@ from peft_deploy.bundle import MANIFEST
 from peft_deploy.cli.validate import validate_command
 from peft_deploy.errors import AdapterError, BundleError, CheckpointError, OutputError
 from peft_deploy.progress import Silent
+from peft_deploy.workflows.check_bundle import check_bundle
 from peft_deploy.workflows.sources import from_folders
-from peft_deploy.workflows.validate import check_bundle, validate
+from peft_deploy.workflows.validate import validate
 
 pytestmark = pytest.mark.convert
 

@@ -26,9 +26,9 @@ from peft_deploy.parity.prefixed import PrefixedRunner
 from peft_deploy.parity.reference import PaddleReference
 from peft_deploy.progress import Silent
 from peft_deploy.runtime import Session, open_runner
+from peft_deploy.workflows.check_bundle import check_bundle, check_runner
 from peft_deploy.workflows.convert_adapter import convert_adapter
 from peft_deploy.workflows.sources import EXPORT_DTYPE, ExportSource
-from peft_deploy.workflows.validate import check_bundle, check_runner
 
 MERGED, AT_RUN_TIME = "LoRA merged", "LoRA at run time"
 

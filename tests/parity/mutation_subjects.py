@@ -29,9 +29,9 @@ from peft_deploy.parity.reference import PaddleReference
 from peft_deploy.progress import Silent
 from peft_deploy.runtime import Runner, Session, open_runner
 from peft_deploy.workflows.bisect import with_finding
+from peft_deploy.workflows.check_bundle import check_bundle, check_runner
 from peft_deploy.workflows.check_extras import CheckExtras
 from peft_deploy.workflows.sources import EXPORT_DTYPE, ExportSource
-from peft_deploy.workflows.validate import check_bundle, check_runner
 
 
 @dataclass(frozen=True, eq=False)

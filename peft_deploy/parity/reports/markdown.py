@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from peft_deploy.parity.report import CaseResult, ParityReport, PromptResult
+from peft_deploy.parity.case_result import CaseResult
+from peft_deploy.parity.generation_result import PromptResult
+from peft_deploy.parity.report import ParityReport
 from peft_deploy.parity.reports.subject import Subject
 from peft_deploy.parity.table import share_of_limit
 

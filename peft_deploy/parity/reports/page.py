@@ -11,8 +11,10 @@ from importlib import resources
 
 from jinja2 import Environment, StrictUndefined
 
+from peft_deploy.parity.case_result import CaseResult
 from peft_deploy.parity.compare import Difference
-from peft_deploy.parity.report import CaseResult, ParityReport, PromptResult
+from peft_deploy.parity.generation_result import PromptResult
+from peft_deploy.parity.report import ParityReport
 from peft_deploy.parity.reports import plots
 from peft_deploy.parity.reports.subject import Subject
 from peft_deploy.parity.table import explain_case, explain_divergence, share_of_limit
