@@ -123,6 +123,19 @@ class GraphSignature:
         names = set(past_names(len(self.inputs)))
         return tuple(spec for spec in self.inputs if spec.name in names)
 
+    def with_cache_in(self, dtype: str) -> GraphSignature:
+        """The same with the cache, and what an encoder gives a decoder, in another element type.
+
+        Whatever else is floating-point, such as the logits, is what a caller reads, and stays as it is.
+        """
+        names = {*past_names(len(self.inputs)), *present_names(len(self.outputs))}
+        names |= {*cross_names(max(len(self.inputs), len(self.outputs)))}
+
+        def changed(specs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+            return tuple(replace(s, dtype=dtype) if s.name in names else s for s in specs)
+
+        return GraphSignature(changed(self.inputs), changed(self.outputs))
+
     @property
     def cross(self) -> tuple[TensorSpec, ...]:
         """The inputs that another graph's outputs go into, key and value per layer; empty without an encoder."""

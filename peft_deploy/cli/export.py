@@ -9,6 +9,7 @@ import click
 
 from peft_deploy.cli._common import common_options, emit_json, say
 from peft_deploy.config.export import ALL_LINEAR, DEFAULT_OPSET, FORMATS, ONNX, RUNTIME
+from peft_deploy.config.precision import FP32, PRECISIONS
 
 if TYPE_CHECKING:
     from peft_deploy.workflows.export import ExportResult
@@ -73,6 +74,13 @@ if TYPE_CHECKING:
     "--opset", type=int, default=DEFAULT_OPSET, show_default=True, help="ONNX operator set."
 )
 @click.option(
+    "--precision",
+    type=click.Choice(list(PRECISIONS)),
+    default=FP32,
+    show_default=True,
+    help="Of the arithmetic and the weights.",
+)
+@click.option(
     "--pooling",
     type=click.Choice(["mean", "cls", "none"]),
     help="Of the sentence embeddings of an encoder; default: as its folder says.",
@@ -112,6 +120,7 @@ def export_command(
     output: Path,
     format: str,
     opset: int,
+    precision: str,
     pooling: str | None,
     no_validate: bool,
     cases: Path | None,
@@ -154,6 +163,7 @@ def export_command(
         prefix_slots=prefix_slots,
         format=format,
         opset=opset,
+        precision=precision,
         pooling=pooling,
         validate=not no_validate,
         keep_failed=keep_failed,

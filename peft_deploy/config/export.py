@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peft_deploy.config.matching import match_pattern
+from peft_deploy.config.precision import FP32, PRECISIONS, Precision
 from peft_deploy.errors import ConfigError
 
 ONNX, PADDLE = "onnx", "paddle"
@@ -33,6 +34,8 @@ class ExportOptions:
             (``adapter_ids``); implies ``adapters="runtime"``. None for one adapter at a time.
         format: ``"onnx"``, or ``"paddle"`` for Paddle's static format (``model.json``, ``model.pdiparams``).
         opset: version of the default ONNX operator set; not used for Paddle's format.
+        precision: of the arithmetic and the weights, a key of
+            :data:`~peft_deploy.config.precision.PRECISIONS`; Paddle's format has ``"fp32"`` only.
         pooling: of the sentence embeddings that an encoder without a head gives beside its hidden states:
             ``"mean"`` or ``"cls"``, ``"none"`` for none of them; None does what the model's folder says.
         prefix_slots: give the graph inputs for a prefix with an empty default, so that a prefix can be an
@@ -57,6 +60,7 @@ class ExportOptions:
     adapter_bank: int | None = None
     format: str = ONNX
     opset: int = DEFAULT_OPSET
+    precision: str = FP32
     prefix_slots: bool = False
     pooling: str | None = None
     validate: bool = True
@@ -72,9 +76,15 @@ class ExportOptions:
         """Whether LoRA adapters stay apart from the weights."""
         return self.adapters == RUNTIME or self.adapter_bank is not None
 
+    @property
+    def arithmetic(self) -> Precision:
+        """What the precision's name stands for."""
+        return PRECISIONS[self.precision]
+
     def __post_init__(self) -> None:
         self._check_slots()
         self._check_bank()
+        self._check_precision()
         if self.format not in FORMATS:
             raise ConfigError(
                 f"format {self.format!r} is unknown; it can be {' or '.join(FORMATS)}"
@@ -125,6 +135,18 @@ class ExportOptions:
         if self.slot_rank is not None and self.slot_rank < 1:
             raise ConfigError(
                 f"slots of rank {self.slot_rank} were asked for; it must be at least 1"
+            )
+
+    def _check_precision(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ConfigError(
+                f"precision {self.precision!r} is unknown; it can be {' or '.join(PRECISIONS)}"
+            )
+        if self.format == PADDLE and self.precision != FP32:
+            raise ConfigError(
+                f"precision {self.precision} was asked for; Paddle's static format is exported in {FP32} only: "
+                "Paddle Inference has no 16-bit kernels for the CPU, and no operator for quantized weights",
+                hint="leave --precision out, or --format paddle",
             )
 
     def _check_bank(self) -> None:

@@ -9,6 +9,7 @@ import onnx_ir as ir
 from peft_deploy.convert.graph import ConvertedGraph
 from peft_deploy.convert.weight_file import Placement, WeightFile
 from peft_deploy.errors import ConversionError, listed
+from peft_deploy.weights import StoredTensor
 
 IR_DTYPES = {
     "float64": ir.DataType.DOUBLE,
@@ -24,10 +25,16 @@ IR_DTYPES = {
 }
 
 
+_STORED = "peft_deploy.stored"
+
+
 def bind_weights(
     converted: ConvertedGraph, file: WeightFile, rename: Callable[[str], str]
 ) -> None:
     """Makes every dangling name an initializer that lies in the file, in place.
+
+    A weight that the file holds as several tensors becomes an initializer without contents, which the step that
+    knows how it is stored has to replace (:func:`is_stored`).
 
     Args:
         converted: the graph, cleaned up.
@@ -40,8 +47,10 @@ def bind_weights(
     graph = converted.model.graph
     dangling = _dangling(graph)
     sources = {name: converted.parameters.get(name, name) for name in dangling}
-    missing = set(sources.values()) - file.placements.keys()
-    unused = file.placements.keys() - set(sources.values()) - converted.constants.keys()
+    parts = {part for stored in file.stored.values() for part in stored.parts.values()}
+    present = file.placements.keys() - parts | file.stored.keys()
+    missing = set(sources.values()) - present
+    unused = present - set(sources.values()) - converted.constants.keys()
     if missing or unused:
         raise ConversionError(
             "the converted graph does not use the model's weights one to one"
@@ -54,8 +63,18 @@ def bind_weights(
             value.name = rename(sources[name])
         else:
             value.name, tables = f"table.{tables}", tables + 1
-        _place(value, file.placements[sources[name]], file)
+        stored = file.stored.get(sources[name])
+        if stored is None:
+            place(value, file.placements[sources[name]], file)
+        else:
+            _stand_for(value, stored)
         graph.register_initializer(value)
+
+
+def is_stored(value: ir.Value) -> StoredTensor | None:
+    """What an initializer stands for that the file holds as several tensors; None for any other value."""
+    found = value.meta.get(_STORED)
+    return found if isinstance(found, StoredTensor) else None
 
 
 def _dangling(graph: ir.Graph) -> dict[str, ir.Value]:
@@ -76,7 +95,20 @@ def _dangling(graph: ir.Graph) -> dict[str, ir.Value]:
     return found
 
 
-def _place(value: ir.Value, placement: Placement, file: WeightFile) -> None:
+def _stand_for(value: ir.Value, stored: StoredTensor) -> None:
+    def contents() -> ir.TensorProtocol:
+        raise ConversionError(
+            f"{value.name} is stored as {stored.storage.name}, and nothing in the graph reads it so"
+        )
+
+    dtype, shape = IR_DTYPES["float32"], ir.Shape(stored.info.shape)
+    value.const_value = ir.LazyTensor(contents, dtype, shape=shape, name=value.name)
+    value.shape, value.dtype = shape, dtype
+    value.meta[_STORED] = stored
+
+
+def place(value: ir.Value, placement: Placement, file: WeightFile) -> None:
+    """Makes a value's contents those bytes of the file."""
     tensor = ir.ExternalTensor(
         file.path.name,
         placement.offset,

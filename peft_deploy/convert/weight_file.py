@@ -13,7 +13,13 @@ from types import TracebackType
 
 from peft_deploy.atomic_folder import disk_errors
 from peft_deploy.progress import Progress
-from peft_deploy.weights import Array, TensorSource, contiguous_blocks
+from peft_deploy.weights import (
+    Array,
+    EncodedTensors,
+    StoredTensor,
+    TensorSource,
+    contiguous_blocks,
+)
 
 # Runtimes map the file into memory: pages for what is worth mapping, a cache line for the rest.
 PAGE, CACHE_LINE = 4096, 64
@@ -45,6 +51,7 @@ class WeightFile:
 
     Attributes:
         placements: name → where it lies.
+        stored: tensor that is in the file as several others → what they are; none of the placements has its name.
         end: bytes written so far.
     """
 
@@ -52,6 +59,7 @@ class WeightFile:
         self.path = path
         self.output = output or path.parent
         self.placements: dict[str, Placement] = {}
+        self.stored: dict[str, StoredTensor] = {}
         with disk_errors(self.output):
             self._file = path.open("wb")
         self._digest = hashlib.sha256()
@@ -105,7 +113,7 @@ def stream_weights(tensors: TensorSource, file: WeightFile, progress: Progress) 
     In the file's own order, so that it does not depend on the checkpoint's form.
 
     Args:
-        tensors: in PaddleNLP's names and layout.
+        tensors: in PaddleNLP's names and layout, encoded as the file is to hold them.
         file: to write to.
         progress: gets a phase counted in bytes.
     """
@@ -115,6 +123,8 @@ def stream_weights(tensors: TensorSource, file: WeightFile, progress: Progress) 
     for number, (name, size) in enumerate(sizes.items(), 1):
         file.add(name, tensors.read(name))
         progress.advance(size, f"{number} of {len(sizes)} tensors · {name}")
+    if isinstance(tensors, EncodedTensors):
+        file.stored |= tensors.stored
 
 
 def _by_layer(name: str) -> list[tuple[int, str]]:

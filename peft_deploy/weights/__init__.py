@@ -15,6 +15,13 @@ from peft_deploy.weights.lora import LoraPair, lora_delta, merge_weight
 from peft_deploy.weights.merged import AdapterTensors, MergedTensors
 from peft_deploy.weights.rounding import ROUNDING_LIMIT, RoundingLoss
 from peft_deploy.weights.source import DTYPES, FLOATING, Array, TensorInfo, TensorSource
+from peft_deploy.weights.storage import (
+    DecodedTensors,
+    EncodedTensors,
+    Storage,
+    StoragePlan,
+    StoredTensor,
+)
 from peft_deploy.weights.subset import SubsetTensors
 from peft_deploy.weights.tensor_parallel import merge_shards, split_shards
 from peft_deploy.weights.writer import write_safetensors
@@ -28,10 +35,15 @@ __all__ = [
     "CanonicalTensors",
     "CastTensors",
     "Checkpoint",
+    "DecodedTensors",
+    "EncodedTensors",
     "HuggingFaceTensors",
     "LoraPair",
     "MergedTensors",
     "RoundingLoss",
+    "Storage",
+    "StoragePlan",
+    "StoredTensor",
     "SubsetTensors",
     "TensorInfo",
     "TensorSource",

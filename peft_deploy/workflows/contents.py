@@ -36,6 +36,7 @@ from peft_deploy.workflows.kept_adapters import select_layers, write_kept
 from peft_deploy.workflows.phase_clock import PhaseClock
 from peft_deploy.workflows.prefixes import write_prefixes
 from peft_deploy.workflows.sources import EXPORT_DTYPE, ExportSource
+from peft_deploy.workflows.storage import encoded, storage_plan
 
 if TYPE_CHECKING:
     from peft_deploy.convert import ConvertedGraph, StaticProgram, WeightFile
@@ -61,7 +62,12 @@ def fill_bundle(
 
     generation = _read_companions(source)
     losses: dict[str, RoundingLoss] = {}
-    parts = graph_parts(source, source.merged(EXPORT_DTYPE, losses))
+    precision = options.arithmetic
+    plan = storage_plan(source, precision)
+    parts = [
+        replace(part, tensors=encoded(part, plan))
+        for part in graph_parts(source, source.merged(precision.dtype, losses))
+    ]
     fingerprint = source.fingerprint()
     folder.require_space(sum(part.nbytes for part in parts))
     with ExitStack() as stack:
@@ -80,18 +86,19 @@ def fill_bundle(
         ]
     _write_configs(folder, source, generation, options.format)
     graph = write_kept(folder, source, graph, fingerprint)
-    signature = source.family.signature(source.config, EXPORT_DTYPE)
+    signature = source.family.signature(source.config, EXPORT_DTYPE).with_cache_in(precision.dtype)
     slots = options.prefix_slots
     write_prefixes(folder, source.prefixes, signature, fingerprint, slots=slots)
     names = [file.path.relative_to(folder.path).as_posix() for file in files]
     known = {name: file.sha256 for name, file in zip(names, files, strict=True)}
     hashes = folder.hashes(known)
     shares = {name: loss.relative for name, loss in losses.items()}
-    if warning := describe_losses(EXPORT_DTYPE, shares):
+    if warning := describe_losses(precision.dtype, shares):
         warnings.warn(warning, stacklevel=3)
     manifest = describe(source, options, converted, hashes, fingerprint, graph, shares)
     if others:
-        manifest = replace(manifest, encoder=encoder_entry(source, generation, *others))
+        entry = encoder_entry(source, generation, precision, *others)
+        manifest = replace(manifest, encoder=entry)
     folder.seal(manifest)
     return manifest
 
@@ -133,6 +140,7 @@ def _finish(
         slot_rank=options.slot_rank,
         adapter_bank=options.adapter_bank,
         prefix_slots=options.prefix_slots,
+        precision=options.arithmetic,
         signature=signature,
     )
 

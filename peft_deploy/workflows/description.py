@@ -42,7 +42,8 @@ def describe(
         graph: facts about the graph.
         shares: parameter → what rounding lost of the merged adapter's change.
     """
-    signature = source.family.signature(source.config, EXPORT_DTYPE)
+    traced = source.family.signature(source.config, EXPORT_DTYPE)
+    signature = traced.with_cache_in(options.arithmetic.dtype)
     if options.adapter_bank is not None:
         signature = signature.with_adapter_ids()
     return Manifest(
@@ -53,11 +54,11 @@ def describe(
         signature=signature,
         opset=options.opset if options.format == ONNX else None,
         format=options.format,
-        precision="fp32",
+        precision=options.precision,
         context_length=source.family.context_length(source.config),
         base={"name": source.name, "layout": source.layout, "fingerprint": fingerprint},
         adapters=[
-            *([_merged_entry(source.adapter, shares)] if source.adapter else []),
+            *([_merged_entry(source.adapter, shares, options)] if source.adapter else []),
             *(_adapter_entry(named, RUNTIME) for named in source.kept),
             *(named.entry(slots=options.prefix_slots) for named in source.prefixes),
         ],
@@ -99,7 +100,7 @@ def describe_layer(
         signature=signature,
         opset=options.opset if options.format == ONNX else None,
         format=options.format,
-        precision="fp32",
+        precision=options.precision,
         base={"name": names[0], "layout": "memory", "fingerprint": fingerprint},
         adapters=[] if adapter is None else [_adapter_entry(adapter, "merged")],
         files=hashes,
@@ -108,13 +109,16 @@ def describe_layer(
     )
 
 
-def _merged_entry(named: NamedAdapter, shares: Mapping[str, float]) -> dict[str, Any]:
+def _merged_entry(
+    named: NamedAdapter, shares: Mapping[str, float], options: ExportOptions
+) -> dict[str, Any]:
     """With what rounding lost of the adapter, module by module: ‖round(W + Δ) - (W + Δ)‖ / ‖Δ‖."""
     lost = {
         name.removesuffix(".weight"): float(f"{share:.3g}")
         for name, share in sorted(shares.items())
     }
-    return {**_adapter_entry(named, "merged"), "rounding": {"dtype": EXPORT_DTYPE, "lost": lost}}
+    rounding = {"dtype": options.arithmetic.dtype, "lost": lost}
+    return {**_adapter_entry(named, "merged"), "rounding": rounding}
 
 
 def _adapter_entry(named: NamedAdapter, mode: str) -> dict[str, Any]:

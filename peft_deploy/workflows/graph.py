@@ -8,6 +8,7 @@ from typing import Any
 import onnx_ir as ir
 
 from peft_deploy.atomic_folder import disk_errors
+from peft_deploy.config.precision import FP32, PRECISIONS, Precision
 from peft_deploy.convert import (
     ConvertedGraph,
     WeightFile,
@@ -35,6 +36,7 @@ def finish_graph(
     slot_rank: int | None = None,
     adapter_bank: int | None = None,
     prefix_slots: bool = False,
+    precision: Precision = PRECISIONS[FP32],
     signature: GraphSignature | None = None,
 ) -> dict[str, Any]:
     """Cleans a graph up, joins it with its weights, checks it and writes it.
@@ -50,7 +52,8 @@ def finish_graph(
         adapter_bank: how many adapters these slots are to hold at once, each row of a batch naming its own; None
             for slots of one adapter at a time.
         prefix_slots: add slots for a prefix.
-        signature: of the graph; the family's usual one when None.
+        precision: of the bundle.
+        signature: of the graph as it was traced, in float32; the family's usual one when None.
 
     Returns:
         What the manifest says of it: ``operators``, how often each appears, ``removed``, how many nodes each
@@ -64,6 +67,7 @@ def finish_graph(
     signature = signature or source.family.signature(source.config, EXPORT_DTYPE)
     names = source.family.names(source.config)
     removed = run_pipeline(converted, signature, names)
+    signature = signature.with_cache_in(precision.dtype)
     add_tables(converted.constants, file)
     bind_weights(converted, file, lambda parameter: _initializer(names, parameter))
     facts: dict[str, Any] = {"removed": removed}

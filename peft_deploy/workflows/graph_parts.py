@@ -8,6 +8,7 @@ from typing import Any
 
 from peft_deploy.bundle.manifest import ENCODER, EncoderGraph
 from peft_deploy.config.export import ExportOptions
+from peft_deploy.config.precision import Precision
 from peft_deploy.errors import ConfigError
 from peft_deploy.families import EncoderDecoderFamily, Family
 from peft_deploy.signature import GraphSignature
@@ -21,7 +22,7 @@ class GraphPart:
 
     Args:
         folder: of the graph and its weights, relative to the bundle's; empty for the bundle's own.
-        signature: its inputs and outputs.
+        signature: its inputs and outputs as it is traced, in float32.
         tensors: the weights that it computes with; what both graphs need is in both files.
     """
 
@@ -56,13 +57,17 @@ def graph_parts(source: ExportSource, tensors: TensorSource) -> list[GraphPart]:
 
 
 def encoder_entry(
-    source: ExportSource, generation: Mapping[str, Any] | None, graph: dict[str, Any]
+    source: ExportSource,
+    generation: Mapping[str, Any] | None,
+    precision: Precision,
+    graph: dict[str, Any],
 ) -> EncoderGraph | None:
     """What the manifest says of the encoder's graph; None for a model of one graph.
 
     Args:
         source: the model.
         generation: generation_config.json, if there is one.
+        precision: of the bundle.
         graph: facts about the encoder's graph.
 
     Raises:
@@ -81,7 +86,8 @@ def encoder_entry(
             f"texts would begin with token {start} (decoder_start_token_id); the model's are 0 to {size - 1}",
             hint="correct generation_config.json or config.json",
         )
-    signature = family.encoder_signature(source.config, EXPORT_DTYPE)
+    traced = family.encoder_signature(source.config, EXPORT_DTYPE)
+    signature = traced.with_cache_in(precision.dtype)
     return EncoderGraph(signature=signature, start_token_id=start, graph=graph)
 
 

@@ -21,6 +21,7 @@ from peft_deploy.base import BaseModel
 from peft_deploy.base.folder import companions_in
 from peft_deploy.config.export import ExportOptions
 from peft_deploy.config.layer_signature import LayerSignature
+from peft_deploy.config.precision import FP32
 from peft_deploy.errors import AdapterError, ConfigError
 from peft_deploy.progress import Progress
 from peft_deploy.trace.layer import weights_of
@@ -157,6 +158,7 @@ def check_layer_options(options: ExportOptions, adapter: Adapters) -> None:
         "--adapter-bank": options.adapter_bank is not None,
         "--adapters runtime": options.keeps_adapters,
         "--prefix-slots": options.prefix_slots,
+        f"--precision {options.precision}": options.precision != FP32,
         "--cases": options.cases is not None,
         "--record-reference": options.record_reference,
     }
