@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from peft_deploy.cli._common import common_options, emit_json, say
-from peft_deploy.config.export import ALL_LINEAR, DEFAULT_OPSET, FORMATS, ONNX, RUNTIME
+from peft_deploy.config.export import ALL_LINEAR, FORMATS, FUSE_LEVELS, ONNX, RUNTIME
 from peft_deploy.config.precision import FP32, PRECISIONS
 
 if TYPE_CHECKING:
@@ -71,7 +71,14 @@ if TYPE_CHECKING:
     help="ONNX, or Paddle's static format for Paddle Inference.",
 )
 @click.option(
-    "--opset", type=int, default=DEFAULT_OPSET, show_default=True, help="ONNX operator set."
+    "--fuse",
+    type=click.Choice(FUSE_LEVELS),
+    help="Put small operators together: to standard ones of opset 23 (onnx), to onnxruntime's own, too (ort), or not.",
+)
+@click.option(
+    "--opset",
+    type=int,
+    help="ONNX operator set; default: 23 for fused graphs, 17 for plain ones. Below 23 nothing is fused.",
 )
 @click.option(
     "--precision",
@@ -119,7 +126,8 @@ def export_command(
     signature: Path | None,
     output: Path,
     format: str,
-    opset: int,
+    fuse: str | None,
+    opset: int | None,
     precision: str,
     pooling: str | None,
     no_validate: bool,
@@ -162,6 +170,7 @@ def export_command(
         adapter_bank=adapter_bank,
         prefix_slots=prefix_slots,
         format=format,
+        fuse=fuse,
         opset=opset,
         precision=precision,
         pooling=pooling,

@@ -13,7 +13,12 @@ ONNX, PADDLE = "onnx", "paddle"
 FORMATS = (ONNX, PADDLE)
 RUNTIME = "runtime"
 ALL_LINEAR = "all-linear"
-DEFAULT_OPSET = 17
+# How far small operators are put together: not at all, into standard operators, or into onnxruntime's own, too.
+PLAIN, FUSED, FUSED_ORT = "none", "onnx", "ort"
+FUSE_LEVELS = (PLAIN, FUSED, FUSED_ORT)
+DEFAULT_FUSE = PLAIN
+DEFAULT_OPSET = 17  # of a plain graph
+FUSED_OPSET = 23  # the first with Attention, RotaryEmbedding and RMSNormalization
 # Paddle2ONNX aborts above 21; below 13 Unsqueeze and Split have another form than its translators emit here.
 OPSETS = range(13, 22)
 
@@ -33,7 +38,11 @@ class ExportOptions:
         adapter_bank: how many adapters can be in use at once, each row of a batch naming its own
             (``adapter_ids``); implies ``adapters="runtime"``. None for one adapter at a time.
         format: ``"onnx"``, or ``"paddle"`` for Paddle's static format (``model.json``, ``model.pdiparams``).
-        opset: version of the default ONNX operator set; not used for Paddle's format.
+        fuse: ``"onnx"`` puts small operators together to larger ones of the ONNX standard (opset 23), ``"ort"``
+            to onnxruntime's own, too, ``"none"`` leaves them as they are. None does what ``opset`` allows: an opset
+            below 23 has none of the larger ones; see :attr:`fusion`. Not used for Paddle's format.
+        opset: version of the default ONNX operator set; None for 23 where operators are put together and 17 where they
+            are not; see :attr:`graph_opset`. Not used for Paddle's format.
         precision: of the arithmetic and the weights, a key of
             :data:`~peft_deploy.config.precision.PRECISIONS`; Paddle's format has ``"fp32"`` only.
         pooling: of the sentence embeddings that an encoder without a head gives beside its hidden states:
@@ -59,7 +68,8 @@ class ExportOptions:
     slot_rank: int | None = None
     adapter_bank: int | None = None
     format: str = ONNX
-    opset: int = DEFAULT_OPSET
+    fuse: str | None = None
+    opset: int | None = None
     precision: str = FP32
     prefix_slots: bool = False
     pooling: str | None = None
@@ -81,28 +91,39 @@ class ExportOptions:
         """What the precision's name stands for."""
         return PRECISIONS[self.precision]
 
+    @property
+    def fusion(self) -> str:
+        """How far operators are put together, one of :data:`FUSE_LEVELS`."""
+        if self.fuse is not None:
+            return self.fuse
+        below = self.opset is not None and self.opset < FUSED_OPSET
+        return PLAIN if below or self.format == PADDLE else DEFAULT_FUSE
+
+    @property
+    def graph_opset(self) -> int:
+        """Version of the operator set that the graph is to declare."""
+        if self.opset is not None:
+            return self.opset
+        return DEFAULT_OPSET if self.fusion == PLAIN else FUSED_OPSET
+
+    @property
+    def converted_opset(self) -> int:
+        """Version of the operator set that Paddle2ONNX is asked for."""
+        return min(self.graph_opset, OPSETS.stop - 1)
+
     def __post_init__(self) -> None:
         self._check_slots()
         self._check_bank()
+        self._check_fusion()
         self._check_precision()
         if self.format not in FORMATS:
             raise ConfigError(
                 f"format {self.format!r} is unknown; it can be {' or '.join(FORMATS)}"
             )
-        if self.format == PADDLE and self.opset != DEFAULT_OPSET:
-            raise ConfigError(
-                f"opset {self.opset} was asked for, which is a version of ONNX's operators; "
-                "the format is Paddle's own",
-                hint="leave --opset out, or --format paddle",
-            )
         if self.format == PADDLE and self.prefix_slots:
             raise ConfigError(
                 "prefix slots are inputs with a default, which Paddle's static format does not have",
                 hint="leave --prefix-slots out: the bundle takes prefixes as past_key_values",
-            )
-        if self.opset not in OPSETS:
-            raise ConfigError(
-                f"opset {self.opset} cannot be made; choose {OPSETS.start} to {OPSETS.stop - 1}"
             )
         if self.keep_failed and not self.validate:
             raise ConfigError("--keep-failed needs the check that --no-validate leaves out")
@@ -113,6 +134,40 @@ class ExportOptions:
         }
         if wrong := [name for name, given in of_check.items() if given and not self.validate]:
             raise ConfigError(f"{wrong[0]} needs the check that --no-validate leaves out")
+
+    def _check_fusion(self) -> None:
+        if self.fuse is not None and self.fuse not in FUSE_LEVELS:
+            raise ConfigError(f"fuse {self.fuse!r} is unknown; it can be {', '.join(FUSE_LEVELS)}")
+        if self.format == PADDLE:
+            if self.opset is not None:
+                raise ConfigError(
+                    f"opset {self.opset} was asked for, which is a version of ONNX's operators; "
+                    "the format is Paddle's own",
+                    hint="leave --opset out, or --format paddle",
+                )
+            if self.fuse not in (None, PLAIN):
+                raise ConfigError(
+                    f"fuse {self.fuse!r} was asked for, which puts ONNX's operators together; "
+                    "Paddle Inference does that by itself when it loads its own format",
+                    hint="leave --fuse out, or --format paddle",
+                )
+        if self.opset is None:
+            return
+        if self.opset not in OPSETS and self.opset != FUSED_OPSET:
+            raise ConfigError(
+                f"opset {self.opset} cannot be made; choose {OPSETS.start} to {OPSETS.stop - 1}, "
+                f"or {FUSED_OPSET} with --fuse"
+            )
+        if self.fuse not in (None, PLAIN) and self.opset != FUSED_OPSET:
+            raise ConfigError(
+                f"--fuse {self.fuse} makes operators of opset {FUSED_OPSET}, and opset {self.opset} was asked for",
+                hint="leave --opset out, or --fuse",
+            )
+        if self.fusion == PLAIN and self.opset == FUSED_OPSET:
+            raise ConfigError(
+                f"opset {self.opset} is for fused graphs; what is not fused is of {OPSETS.start} to {OPSETS.stop - 1}",
+                hint=f"add --fuse {FUSED}, or leave --opset out",
+            )
 
     def _check_slots(self) -> None:
         if self.adapters not in (None, RUNTIME):

@@ -14,7 +14,12 @@ _CONTROL_FLOW = frozenset({"If", "Loop", "Scan"})
 
 
 def check_graph(
-    model: ir.Model, signature: GraphSignature, opset: int, slots: Collection[str] = ()
+    model: ir.Model,
+    signature: GraphSignature,
+    opset: int,
+    slots: Collection[str] = (),
+    *,
+    domains: Collection[str] = (),
 ) -> dict[str, int]:
     """Checks a graph against what was asked for.
 
@@ -23,6 +28,7 @@ def check_graph(
         signature: inputs and outputs.
         opset: version of the default operator set.
         slots: further inputs, which have a default.
+        domains: of operators that may appear beside the default one.
 
     Returns:
         Operator → how often it appears.
@@ -35,7 +41,7 @@ def check_graph(
     problems = []
     if model.opset_imports.get("") != opset:
         problems.append(f"opset {model.opset_imports.get('')} instead of {opset}")
-    foreign = sorted(set(model.opset_imports) - {""})
+    foreign = sorted(set(model.opset_imports) - {"", *domains})
     if foreign:
         problems.append(f"operator domains {', '.join(foreign)}")
     counts = Counter(node.op_type for node in graph)

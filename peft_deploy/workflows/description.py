@@ -8,7 +8,7 @@ from importlib.metadata import distributions
 from typing import TYPE_CHECKING, Any
 
 from peft_deploy.bundle import Manifest
-from peft_deploy.config.export import ONNX, RUNTIME, ExportOptions
+from peft_deploy.config.export import RUNTIME, ExportOptions
 from peft_deploy.config.layer_signature import LayerSignature
 from peft_deploy.signature import GraphSignature
 from peft_deploy.workflows.graph_parts import graph_parts
@@ -52,7 +52,7 @@ def describe(
         model_type=source.family.model_type,
         architecture=source.family.paddle_model(source.config),
         signature=signature,
-        opset=options.opset if options.format == ONNX else None,
+        opset=_opset(converted),
         format=options.format,
         precision=options.precision,
         context_length=source.family.context_length(source.config),
@@ -98,7 +98,7 @@ def describe_layer(
         model_type=LAYER,
         architecture=names[1],
         signature=signature,
-        opset=options.opset if options.format == ONNX else None,
+        opset=_opset(converted),
         format=options.format,
         precision=options.precision,
         base={"name": names[0], "layout": "memory", "fingerprint": fingerprint},
@@ -107,6 +107,12 @@ def describe_layer(
         graph=graph,
         layer=layer.to_dict(),
     )
+
+
+def _opset(converted: ConvertedGraph | StaticProgram) -> int | None:
+    """What the graph declares, which is not what was asked for where it could not be fused."""
+    model = getattr(converted, "model", None)
+    return None if model is None else model.opset_imports[""]
 
 
 def _merged_entry(

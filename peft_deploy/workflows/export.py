@@ -117,10 +117,14 @@ def export(
         # The child needs the configuration only: it starts before the files are looked into.
         early = isinstance(base, BaseModel)
         if early:
-            job = stack.enter_context(ConversionJob(base.config, options.opset, options.format))
+            job = stack.enter_context(
+                ConversionJob(base.config, options.converted_opset, options.format)
+            )
         source = _source(base, adapter, tokenizer, options)
         if not early:
-            job = stack.enter_context(ConversionJob(source.config, options.opset, options.format))
+            job = stack.enter_context(
+                ConversionJob(source.config, options.converted_opset, options.format)
+            )
         extras = plan_extras(options, source)
         folder = stack.enter_context(BundleFolder(output, force=options.force))
         manifest = fill_bundle(folder, source, job, options, clock)

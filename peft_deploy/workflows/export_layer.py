@@ -75,7 +75,7 @@ def export_layer(
         stream_weights(tensors, file, clock)
         converted = job.result(clock.phase)
         clock.phase("Finishing the graph")
-        graph = _finish(converted, signature, file, options.opset)
+        graph = _finish(converted, signature, file, options)
     for path in source.companions:
         folder.copy(path)
     manifest = describe_layer(
@@ -151,7 +151,7 @@ def _job(
     shapes = {name: tuple(t.shape) for name, t in weights_of(source.inner).items()}
     if options.format == ONNX:
         return ConversionJob(
-            {}, options.opset, traced=lambda folder: leave_traced(folder, traced, shapes)
+            {}, options.converted_opset, traced=lambda folder: leave_traced(folder, traced, shapes)
         )
     return nullcontext(_Done(StaticProgram.of(traced.under_own_names(), shapes)))
 
@@ -160,13 +160,16 @@ def _finish(
     converted: ConvertedGraph | StaticProgram,
     signature: GraphSignature,
     file: WeightFile,
-    opset: int,
+    options: ExportOptions,
 ) -> dict[str, Any]:
     if isinstance(converted, StaticProgram):
         return {"operators": write_program(converted, file, file.path.with_name(PROGRAM))}
     from peft_deploy.workflows.graph import finish_layer_graph
 
-    return finish_layer_graph(converted, signature, file, opset, file.path.with_name(MODEL))
+    path = file.path.with_name(MODEL)
+    return finish_layer_graph(
+        converted, signature, file, options.graph_opset, path, options.fusion
+    )
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 import onnx_ir as ir
 
 from peft_deploy.atomic_folder import disk_errors
+from peft_deploy.config.export import FUSED_ORT, OPSETS, PLAIN
 from peft_deploy.config.precision import FP32, PRECISIONS, Precision
 from peft_deploy.convert import (
     ConvertedGraph,
@@ -18,6 +19,7 @@ from peft_deploy.convert import (
 )
 from peft_deploy.convert.adapter_bank import AddAdapterBankPass
 from peft_deploy.convert.lora_slots import AddLoraSlotsPass, Selection
+from peft_deploy.convert.opset import CONTRIB
 from peft_deploy.convert.prefix_slots import AddPrefixSlotsPass, slot_specs
 from peft_deploy.convert.weight_file import add_tables
 from peft_deploy.families import NameMap
@@ -32,6 +34,7 @@ def finish_graph(
     opset: int,
     path: Path,
     *,
+    fusion: str = PLAIN,
     lora_slots: Selection | None = None,
     slot_rank: int | None = None,
     adapter_bank: int | None = None,
@@ -47,6 +50,7 @@ def finish_graph(
         file: holds the model's weights; gets the stand-in's tables.
         opset: what was asked for.
         path: where the graph goes, beside the file.
+        fusion: how far operators are put together, one of :data:`~peft_deploy.config.export.FUSE_LEVELS`.
         lora_slots: which linear layers get slots for LoRA, if any are to have them.
         slot_rank: rank of those slots; None leaves it open.
         adapter_bank: how many adapters these slots are to hold at once, each row of a batch naming its own; None
@@ -57,7 +61,8 @@ def finish_graph(
 
     Returns:
         What the manifest says of it: ``operators``, how often each appears, ``removed``, how many nodes each
-        pass took away, and where there are any, ``lora_slots``
+        pass took away, ``fused``, how often each fusion found its pattern, and what stayed plain
+        (see :class:`~peft_deploy.convert.fusions.report.FusionReport`), and where there are any, ``lora_slots``
         (see :class:`~peft_deploy.convert.lora_slots.LoraSlots`), ``adapter_bank``, its ``capacity``, and
         ``prefix_slots``, their names.
 
@@ -70,7 +75,8 @@ def finish_graph(
     signature = signature.with_cache_in(precision.dtype)
     add_tables(converted.constants, file)
     bind_weights(converted, file, lambda parameter: _initializer(names, parameter))
-    facts: dict[str, Any] = {"removed": removed}
+    fused, opset = _fuse(converted, fusion, opset)
+    facts: dict[str, Any] = {"removed": removed, **fused}
     slots: list[str] = []
     if lora_slots is not None:
         adding = (
@@ -89,14 +95,21 @@ def finish_graph(
         AddPrefixSlotsPass(signature)(converted.model)
         facts["prefix_slots"] = [spec.name for spec in slot_specs(signature)]
         slots += facts["prefix_slots"]
-    facts["operators"] = check_graph(converted.model, signature, opset, slots)
+    facts["operators"] = check_graph(
+        converted.model, signature, opset, slots, domains=_domains(fusion)
+    )
     with disk_errors(file.output):
         ir.save(converted.model, path)
     return facts
 
 
 def finish_layer_graph(
-    converted: ConvertedGraph, signature: GraphSignature, file: WeightFile, opset: int, path: Path
+    converted: ConvertedGraph,
+    signature: GraphSignature,
+    file: WeightFile,
+    opset: int,
+    path: Path,
+    fusion: str = PLAIN,
 ) -> dict[str, Any]:
     """The same for a layer that no family knows, whose weights keep their own names.
 
@@ -106,16 +119,34 @@ def finish_layer_graph(
         file: holds the weights that it uses.
         opset: what was asked for.
         path: where the graph goes, beside the file.
+        fusion: how far operators are put together.
 
     Raises:
         ConversionError: the graph is not what it should be.
     """
     removed = run_pipeline(converted, signature, NameMap([]))
     bind_weights(converted, file, lambda parameter: parameter)
-    facts = {"removed": removed, "operators": check_graph(converted.model, signature, opset)}
+    fused, opset = _fuse(converted, fusion, opset)
+    counts = check_graph(converted.model, signature, opset, domains=_domains(fusion))
+    facts = {"removed": removed, **fused, "operators": counts}
     with disk_errors(file.output):
         ir.save(converted.model, path)
     return facts
+
+
+def _fuse(converted: ConvertedGraph, fusion: str, opset: int) -> tuple[dict[str, Any], int]:
+    """What the manifest says of the fusions, and the operator set that the graph is then to have."""
+    if fusion == PLAIN:
+        return {}, opset
+    # Here and not above: it needs onnxscript, which plain graphs do not.
+    from peft_deploy.convert.fusions import run_fusions
+
+    report = run_fusions(converted.model, fusion)
+    return report.to_dict(), min(opset, OPSETS.stop - 1) if report.refused else opset
+
+
+def _domains(fusion: str) -> tuple[str, ...]:
+    return (CONTRIB,) if fusion == FUSED_ORT else ()
 
 
 def _initializer(names: NameMap, parameter: str) -> str:

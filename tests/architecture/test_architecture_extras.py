@@ -48,12 +48,19 @@ NEED_PADDLE = (
     "peft_deploy.workflows.unclaimed",
     "peft_deploy.workflows.validate_layer",
 )
+# Exporting is all that needs onnxscript.
+NEED_ONNXSCRIPT = (
+    "peft_deploy.convert.fusions.fusion",
+    "peft_deploy.convert.fusions.pipeline",
+    "peft_deploy.convert.fusions.rms_normalization",
+)
 # The base install has onnx, because onnx-ir imports it. Everything below one of these needs onnx-ir; the rest also
 # starts where onnx is damaged, or slow to import.
 NEED_ONNX_IR = (
     "peft_deploy.convert.adapter_bank",
     "peft_deploy.convert.bind",
     "peft_deploy.convert.graph",
+    "peft_deploy.convert.opset",
     "peft_deploy.convert.lora_slots",
     "peft_deploy.convert.passes",
     "peft_deploy.convert.postflight",
@@ -89,7 +96,7 @@ def below(*prefixes: str) -> set[str]:
 
 
 def test_only_the_paddle_side_needs_paddle() -> None:
-    assert set(failures(*EXTRAS)) == below(*NEED_PADDLE)
+    assert set(failures(*EXTRAS)) == below(*NEED_PADDLE, *NEED_ONNXSCRIPT)
 
 
 def test_a_missing_paddle_is_said_in_a_sentence() -> None:
@@ -108,6 +115,7 @@ def test_a_missing_paddle_is_said_in_a_sentence() -> None:
         "peft_deploy.workflows.layer_source",
         "peft_deploy.workflows.unclaimed",
         "peft_deploy.workflows.validate_layer",
+        *NEED_ONNXSCRIPT,
         *(name for name in NEED_PADDLE if name.startswith("peft_deploy.training.")),
     ) - {"peft_deploy.training.batches", "peft_deploy.training.run"}
     for module, (error, text) in failures(*EXTRAS).items():
@@ -117,7 +125,7 @@ def test_a_missing_paddle_is_said_in_a_sentence() -> None:
 
 
 def test_only_graphs_need_onnx() -> None:
-    assert set(failures(*EXTRAS, "onnx")) == below(*NEED_PADDLE, *NEED_ONNX_IR)
+    assert set(failures(*EXTRAS, "onnx")) == below(*NEED_PADDLE, *NEED_ONNXSCRIPT, *NEED_ONNX_IR)
 
 
 @pytest.mark.parametrize("packages", [EXTRAS, (*EXTRAS, "onnx")], ids=["extras", "onnx, too"])
