@@ -17,7 +17,7 @@ from peft_deploy.atomic_folder import disk_errors
 from peft_deploy.convert.weight_file import Placement, WeightFile
 from peft_deploy.convert.worker import CONSTANTS_FILE, ENCODER_FOLDER, NAMES_FILE, PROGRAM_FILE
 from peft_deploy.errors import ConversionError, listed
-from peft_deploy.weights import Array, contiguous_blocks
+from peft_deploy.weights import Array, TensorInfo
 from peft_deploy.weights.pdiparams import record_head
 
 if TYPE_CHECKING:
@@ -34,25 +34,21 @@ class ParamsFile(WeightFile):
         """Paddle's order: the names sorted as text."""
         return sorted(names)
 
-    def add(self, name: str, tensor: Array) -> None:
-        """Appends a tensor.
+    def begin(self, info: TensorInfo) -> None:
+        """Makes a place for a tensor.
 
         Raises:
             ConversionError: a tensor whose name comes later is in the file already.
             OutputError: the disk is full, or another reason of the operating system's.
         """
         last = next(reversed(self.placements), "")
-        if name <= last:
+        if info.name <= last:
             raise ConversionError(
-                f"{name} cannot follow {last}: Paddle reads the weights in the order of their names",
+                f"{info.name} cannot follow {last}: Paddle reads the weights in the order of their names",
                 hint="rename the parameter; names of ASCII letters, digits, . and _ are safe",
             )
-        self._write(record_head(tensor.dtype.name, tensor.shape))
-        start = self.end
-        for block in contiguous_blocks(tensor):
-            self._write(block.reshape(-1).view("uint8").data)
-        placement = Placement(tensor.dtype.name, tensor.shape, start, self.end - start)
-        self.placements[name] = placement
+        self._write(record_head(info.dtype, info.shape))
+        self.placements[info.name] = Placement(info.dtype, info.shape, self.end, info.nbytes)
 
 
 @dataclass(frozen=True)

@@ -6,23 +6,31 @@ It needs nothing but the tensors, so it is written while the converter's process
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 from peft_deploy.atomic_folder import disk_errors
+from peft_deploy.errors import CheckpointError
 from peft_deploy.progress import Progress
 from peft_deploy.weights import (
+    DTYPES,
     Array,
     EncodedTensors,
     StoredTensor,
+    TensorInfo,
     TensorSource,
     contiguous_blocks,
 )
+from peft_deploy.weights.pieces import in_order, pieces_of
 
 # Runtimes map the file into memory: pages for what is worth mapping, a cache line for the rest.
 PAGE, CACHE_LINE = 4096, 64
+_HASHED_LATER = 4  # pieces that are written and not yet hashed
 
 
 @dataclass(frozen=True)
@@ -62,7 +70,7 @@ class WeightFile:
         self.stored: dict[str, StoredTensor] = {}
         with disk_errors(self.output):
             self._file = path.open("wb")
-        self._digest = hashlib.sha256()
+        self._digest = _Digest()
         self.end = 0
 
     def __enter__(self) -> WeightFile:
@@ -74,6 +82,7 @@ class WeightFile:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._digest.close()
         with disk_errors(self.output):
             self._file.close()
 
@@ -92,18 +101,36 @@ class WeightFile:
         Raises:
             OutputError: the disk is full, or another reason of the operating system's.
         """
-        alignment = PAGE if tensor.nbytes >= PAGE else CACHE_LINE
-        self._write(bytes(-self.end % alignment))
-        start = self.end
+        info = TensorInfo(name, tensor.dtype.name, tensor.shape)
+        self.begin(info)
         for block in contiguous_blocks(tensor):
-            self._write(block.reshape(-1).view("uint8").data)
-        length = self.end - start
-        self.placements[name] = Placement(tensor.dtype.name, tensor.shape, start, length)
+            self.append(block)
+
+    def begin(self, info: TensorInfo) -> None:
+        """Makes a place for a tensor whose rows are then given to :meth:`append`, one piece after the other.
+
+        Raises:
+            OutputError: see :meth:`add`.
+        """
+        alignment = PAGE if info.nbytes >= PAGE else CACHE_LINE
+        self._write(bytes(-self.end % alignment))
+        self.placements[info.name] = Placement(info.dtype, info.shape, self.end, info.nbytes)
+
+    def append(self, block: Array) -> None:
+        """Writes the next rows of the tensor that was begun last.
+
+        Args:
+            block: in row-major order; not to be changed afterwards.
+
+        Raises:
+            OutputError: see :meth:`add`.
+        """
+        self._write(block.reshape(-1).view("uint8").data)
 
     def _write(self, data: bytes | memoryview) -> None:
+        self._digest.update(data)
         with disk_errors(self.output):
             self._file.write(data)
-        self._digest.update(data)
         self.end += len(data)
 
 
@@ -117,14 +144,61 @@ def stream_weights(tensors: TensorSource, file: WeightFile, progress: Progress) 
         file: to write to.
         progress: gets a phase counted in bytes.
     """
-    names = file.ordered(tensors.names())
-    sizes = {name: tensors.info(name).nbytes for name in names}
-    progress.phase("Merging and writing weights", sum(sizes.values()), "bytes")
-    for number, (name, size) in enumerate(sizes.items(), 1):
-        file.add(name, tensors.read(name))
-        progress.advance(size, f"{number} of {len(sizes)} tensors · {name}")
+    infos = [tensors.info(name) for name in file.ordered(tensors.names())]
+    total = sum(info.nbytes for info in infos)
+    progress.phase("Merging and writing weights", total, "bytes")
+    pieces = in_order(piece for info in infos for piece in pieces_of(tensors, info.name))
+    with closing(pieces):  # on an error, too: nobody may still compute when the files are closed
+        for number, info in enumerate(infos, 1):
+            _write_tensor(info, pieces, file)
+            progress.advance(info.nbytes, f"{number} of {len(infos)} tensors · {info.name}")
     if isinstance(tensors, EncodedTensors):
         file.stored |= tensors.stored
+
+
+def _write_tensor(info: TensorInfo, pieces: Iterator[Array], file: WeightFile) -> None:
+    """Takes as many pieces as make up a tensor.
+
+    Raises:
+        CheckpointError: they are of another type, or do not end where the tensor does.
+    """
+    file.begin(info)
+    left = info.nbytes
+    while left > 0:
+        block = next(pieces, None)
+        if block is None or block.dtype != DTYPES[info.dtype] or block.nbytes > left:
+            found = "nothing" if block is None else f"{block.dtype.name} {list(block.shape)}"
+            raise CheckpointError(
+                f"{info.name} was announced as {info.dtype} {list(info.shape)}; with {left} bytes of it to come, "
+                f"{found} was read"
+            )
+        left -= block.nbytes
+        file.append(block)
+
+
+class _Digest:
+    """The sha256 of what is written, computed beside the writing."""
+
+    def __init__(self) -> None:
+        self._sha = hashlib.sha256()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="peft-deploy-sha256")
+        self._waiting: deque[Future[None]] = deque()
+
+    def update(self, data: bytes | memoryview) -> None:
+        """Takes the next bytes; they must not change any more."""
+        self._waiting.append(self._pool.submit(self._sha.update, data))
+        if len(self._waiting) > _HASHED_LATER:
+            self._waiting.popleft().result()
+
+    def hexdigest(self) -> str:
+        """Of all that was given so far."""
+        while self._waiting:
+            self._waiting.popleft().result()
+        return self._sha.hexdigest()
+
+    def close(self) -> None:
+        """Ends the thread; the digest can still be had."""
+        self._pool.shutdown()
 
 
 def _by_layer(name: str) -> list[tuple[int, str]]:

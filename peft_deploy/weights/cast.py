@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from peft_deploy.errors import CheckpointError
-from peft_deploy.weights.blocks import row_blocks
+from peft_deploy.weights.blocks import contiguous
+from peft_deploy.weights.pieces import Task, in_order, pieces_of_array
 from peft_deploy.weights.source import DTYPES, FLOATING, Array, TensorInfo, TensorSource
 
 LARGEST = {"bfloat16": 3.3895313892515355e38, "float16": 65504.0, "float32": 3.4028234663852886e38}
@@ -44,9 +45,23 @@ def cast_array(array: Array, dtype: str, *, name: str = "the tensor") -> Array:
     if array.ndim == 0:
         return cast_array(array.reshape(1), dtype, name=name).reshape(())
     result = np.empty(array.shape, target)
-    for rows in row_blocks(array.shape, max(array.dtype.itemsize, target.itemsize)):
-        result[rows] = cast_block(array[rows], target, name)
+    start = 0
+    for block in in_order(cast_pieces(array, dtype, name=name)):
+        result[start : start + len(block)] = block
+        start += len(block)
     return result
+
+
+def cast_pieces(array: Array, dtype: str, *, name: str = "the tensor") -> Iterator[Task[Array]]:
+    """The rows of :func:`cast_array`'s result in pieces, in row-major order; arguments and errors as there."""
+    target = DTYPES[check_float(dtype)]
+    if array.dtype == target or not is_float(array):
+        return pieces_of_array(array)
+
+    def make(rows: Array) -> Array:
+        return cast_block(contiguous(rows), target, name)
+
+    return pieces_of_array(array, make, target.itemsize)
 
 
 def cast_block(block: Array, target: np.dtype[np.generic], name: str) -> Array:

@@ -7,7 +7,9 @@ float64 where W or the result is float64) and rounded once to the result's type.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ import numpy.typing as npt
 from peft_deploy.errors import AdapterError
 from peft_deploy.weights.blocks import contiguous, row_blocks
 from peft_deploy.weights.cast import check_float, is_float, round_to
-from peft_deploy.weights.rounding import RoundingLoss
+from peft_deploy.weights.pieces import Task, in_order
 from peft_deploy.weights.source import DTYPES, Array
 
 
@@ -76,13 +78,7 @@ def lora_delta(pair: LoraPair) -> Array:
 
 
 def merge_weight(
-    W: Array,
-    pair: LoraPair,
-    *,
-    name: str = "the weight",
-    dtype: str | None = None,
-    loss: RoundingLoss | None = None,
-    before: Array | None = None,
+    W: Array, pair: LoraPair, *, name: str = "the weight", dtype: str | None = None
 ) -> Array:
     """The merged weight, W + scaling · A · B.
 
@@ -94,8 +90,6 @@ def merge_weight(
         name: the tensor's name, for errors.
         dtype: type of the result, a key of :data:`~peft_deploy.weights.source.DTYPES`; W's when
             None.
-        loss: counts what the rounding to the result's type loses.
-        before: for ``loss``, the weight that training began with, where W is not it.
 
     Returns:
         [in, out], a new array in row-major order.
@@ -103,6 +97,28 @@ def merge_weight(
     Raises:
         AdapterError: W has another shape or is not floating-point, or A, B or the result holds a
             NaN or an infinity.
+    """
+    merged = np.empty(W.shape, W.dtype if dtype is None else DTYPES[check_float(dtype)])
+    start = 0
+    for block in in_order(merged_pieces(W, pair, name=name, dtype=dtype)):
+        merged[start : start + len(block)] = block
+        start += len(block)
+    return merged
+
+
+def merged_pieces(
+    W: Array, pair: LoraPair, *, name: str = "the weight", dtype: str | None = None
+) -> Iterator[Task[Array]]:
+    """The merged weight's rows in pieces, bit for bit those of :func:`merge_weight`.
+
+    Args:
+        W: see there, as all others.
+        pair: likewise.
+        name: likewise.
+        dtype: likewise.
+
+    Raises:
+        AdapterError: likewise.
     """
     if W.shape != pair.shape or not is_float(W):
         raise AdapterError(
@@ -113,17 +129,12 @@ def merge_weight(
     wide = np.float64 if np.float64 in (W.dtype, target) else np.float32
     A: npt.NDArray[Any] = require_finite(pair.A, f"A of {name}").astype(wide)  # [in, R]
     B: npt.NDArray[Any] = require_finite(pair.B, f"B of {name}").astype(wide)  # [R, out]
-    merged = np.empty(W.shape, target)
+
+    def merge(rows: slice) -> Array:
+        return _merge_block(contiguous(W[rows]), A[rows] @ B, pair.scaling, target, name)
+
     for rows in row_blocks(W.shape, np.dtype(wide).itemsize):
-        block = contiguous(W[rows])
-        # multiplied where it is to stay, when no rounding follows
-        product = np.matmul(A[rows], B, out=merged[rows] if target == wide else None)
-        result = _merge_block(block, product, pair.scaling, target, name)
-        if loss is not None:
-            loss.add(block if before is None else before[rows], product, result)
-        if target != wide:
-            merged[rows] = result
-    return merged
+        yield partial(merge, rows)
 
 
 def _merge_block(

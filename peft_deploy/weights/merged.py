@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
 from peft_deploy.errors import AdapterError
-from peft_deploy.weights.cast import cast_array, check_float
-from peft_deploy.weights.lora import LoraPair, merge_weight, require_finite
+from peft_deploy.weights.cast import cast_array, cast_pieces, check_float
+from peft_deploy.weights.lora import LoraPair, merge_weight, merged_pieces, require_finite
+from peft_deploy.weights.pieces import Task, pieces_of_array
 from peft_deploy.weights.rounding import NARROW, RoundingLoss, sampled_rows
 from peft_deploy.weights.source import FLOATING, Array, TensorInfo, TensorSource
 
@@ -71,9 +73,9 @@ class MergedTensors:
         dtype: floating-point type of all results; each tensor keeps its own when None.
         tied: parameter → the one whose storage it shares; the source's own ``tied`` when None.
         losses: gets, for every changed parameter that is read in float16 or bfloat16, what rounding
-            lost of the change.
+            lost of the change, on a sample of the rows.
         original: for ``losses``, the model that training began with, where ``source`` is not it.
-        sampled: count in ``losses`` what rounding to float32 loses, too, on a sample of the rows.
+        sampled: count in ``losses`` what rounding to float32 loses, too.
 
     Raises:
         AdapterError: the adapter does not fit the source, or holds a NaN or an infinity.
@@ -123,45 +125,47 @@ class MergedTensors:
             AdapterError: the result is not finite.
             CheckpointError: a value is too large for the type.
         """
+        value, pair, target = self._opened(name)
+        if pair is not None:
+            return merge_weight(value, pair, name=name, dtype=target)
+        return cast_array(value, target, name=name) if target in FLOATING else value
+
+    def pieces(self, name: str) -> Iterator[Task[Array]]:
+        """One parameter's rows in pieces, bit for bit those of :meth:`read`; errors as there."""
+        value, pair, target = self._opened(name)
+        if pair is not None:
+            return merged_pieces(value, pair, name=name, dtype=target)
+        return (
+            cast_pieces(value, target, name=name) if target in FLOATING else pieces_of_array(value)
+        )
+
+    def _opened(self, name: str) -> tuple[Array, LoraPair | None, str]:
+        """What a parameter is made of, and the type that it gets; what rounding loses is noted on the way."""
         target = self._target(self._source.info(name))
-        loss = self._loss(name, target)
         replacement, pair = self._replacements.get(name), self._pairs.get(name)
         value = self._source.read(name) if replacement is None else replacement
-        if pair is not None:
-            before = None
-            if loss is not None and (
-                replacement is not None or self._original is not self._source
-            ):
-                before = self._original.read(name)
-            result = merge_weight(value, pair, name=name, dtype=target, loss=loss, before=before)
-            if self._sampled and target == "float32":
-                self._sample(name, value, pair, result)
-            return result
-        result = cast_array(value, target, name=name) if target in FLOATING else value
-        if loss is not None:
-            loss.add_all(self._original.read(name), value, result)
-        return result
+        changed = pair is not None or replacement is not None
+        if self._losses is not None and changed and self._counts(target, pair):
+            self._losses[name] = self._loss(name, value, pair, target)
+        return value, pair, target
 
-    def _loss(self, name: str, target: str) -> RoundingLoss | None:
-        """Where to count what rounding loses of a parameter that the adapter changes."""
-        changed = name in self._pairs or name in self._replacements
-        if self._losses is None or target not in NARROW or not changed:
-            return None
-        self._losses[name] = loss = RoundingLoss()
-        return loss
+    def _counts(self, target: str, pair: LoraPair | None) -> bool:
+        return target in NARROW or (self._sampled and target == "float32" and pair is not None)
 
-    def _sample(self, name: str, value: Array, pair: LoraPair, result: Array) -> None:
-        """Counts what float32 loses of a change, against the same sum in float64."""
-        if self._losses is None:
-            return
-        rows = sampled_rows(result.shape)
-        before = value if self._original is self._source else self._original.read(name)
-        exact = value[rows].astype(np.float64) + pair.scaling * (
-            pair.A[rows].astype(np.float64) @ pair.B.astype(np.float64)
-        )
+    def _loss(self, name: str, value: Array, pair: LoraPair | None, target: str) -> RoundingLoss:
+        """What rounding loses of a change, on a sample of the rows, against the same sum in float64."""
+        rows = sampled_rows(value.shape)
+        value, before = np.atleast_1d(value)[rows], np.atleast_1d(self._original.read(name))[rows]
+        exact: npt.NDArray[np.float64] = value.astype(np.float64)
+        if pair is None:
+            rounded = cast_array(value, target, name=name)
+        else:
+            A, B = pair.A[rows], pair.B
+            exact = exact + pair.scaling * (A.astype(np.float64) @ B.astype(np.float64))
+            rounded = merge_weight(value, LoraPair(A, B, pair.scaling), name=name, dtype=target)
         loss = RoundingLoss()
-        loss.add(before[rows], exact, result[rows])
-        self._losses[name] = loss
+        loss.add(before, exact, rounded)
+        return loss
 
     def _target(self, info: TensorInfo) -> str:
         return self._dtype if self._dtype and info.dtype in FLOATING else info.dtype

@@ -15,11 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from peft_deploy.errors import listed
-from peft_deploy.weights.blocks import row_blocks
 from peft_deploy.weights.source import Array
 
-# Of a tensor in a wider type so many elements are looked at, in rows spread evenly: a share is then
-# known to a per cent, and costs nothing beside reading the tensor.
+# So many elements of a tensor are looked at, in rows spread evenly: a share is then known to a few
+# per cent, and costs nothing beside reading the tensor.
 SAMPLED = 1 << 18
 NARROW = frozenset({"float16", "bfloat16"})
 # At 0.25 the change that remains still points where the trained one did (cosine about 0.97); above
@@ -55,12 +54,6 @@ class RoundingLoss:
         wide: npt.NDArray[Any] = exact.astype(np.float64)
         self.changed += _squares(wide - before.astype(np.float64))
         self.lost += _squares(rounded.astype(np.float64) - wide)
-
-    def add_all(self, before: Array, exact: Array, rounded: Array) -> None:
-        """Counts a whole tensor in pieces; arguments as for :meth:`add`."""
-        arrays = [np.atleast_1d(array) for array in (before, exact, rounded)]
-        for rows in row_blocks(arrays[0].shape, np.dtype(np.float64).itemsize):
-            self.add(*(array[rows] for array in arrays))
 
 
 def sampled_rows(shape: tuple[int, ...]) -> slice:

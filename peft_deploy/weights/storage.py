@@ -8,11 +8,12 @@ the numbers are; what the coarseness itself costs is measured apart.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from peft_deploy.weights.cast import cast_array
+from peft_deploy.weights.pieces import Task, pieces_of, pieces_of_array
 from peft_deploy.weights.source import FLOATING, Array, TensorInfo, TensorSource
 
 
@@ -126,6 +127,12 @@ class EncodedTensors:
             encoded = stored.storage.encode(tensor, stored.info.name)
             self._waiting = {stored.parts[suffix]: part for suffix, part in encoded.items()}
         return self._waiting.pop(name)
+
+    def pieces(self, name: str) -> Iterator[Task[Array]]:
+        """One tensor of the file in pieces; errors as in :meth:`read`."""
+        if name not in self._origins:
+            return pieces_of(self._source, self._infos[name].name)
+        return pieces_of_array(self.read(name))
 
 
 class DecodedTensors:

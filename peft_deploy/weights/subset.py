@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
+from peft_deploy.weights.pieces import Task, pieces_of
 from peft_deploy.weights.source import Array, TensorInfo, TensorSource
 
 
@@ -33,6 +34,11 @@ class SubsetTensors:
         """The data of one tensor; KeyError for one that is left out."""
         self._require(name)
         return self._source.read(name)
+
+    def pieces(self, name: str) -> Iterator[Task[Array]]:
+        """One tensor's rows in pieces; KeyError for one that is left out."""
+        self._require(name)
+        return pieces_of(self._source, name)
 
     def _require(self, name: str) -> None:
         if name not in self._known:

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from peft_deploy.convert import WeightFile, stream_weights
+from peft_deploy.errors import CheckpointError
+from peft_deploy.progress import Silent
+from peft_deploy.weights import Array, TensorInfo
+from peft_deploy.weights.pieces import Task, pieces_of_array
+
+
+class Tensors:
+    """Random matrices; those named in ``cut`` give fewer rows than they announce."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], cut: frozenset[str] = frozenset()):
+        rng = np.random.default_rng(0)
+        self.arrays = {n: rng.standard_normal(s).astype(np.float32) for n, s in shapes.items()}
+        self._cut = cut
+
+    def names(self) -> Sequence[str]:
+        return list(self.arrays)
+
+    def info(self, name: str) -> TensorInfo:
+        return TensorInfo(name, "float32", self.arrays[name].shape)
+
+    def read(self, name: str) -> Array:
+        return self.arrays[name]
+
+    def pieces(self, name: str) -> Iterator[Task[Array]]:
+        array = self.arrays[name]
+        return pieces_of_array(array[:-1] if name in self._cut else array)
+
+
+SHAPES = {"layers.10.w": (3000, 1000), "layers.2.w": (7, 3), "b": (5,), "scalar": (), "no": (0, 2)}
+
+
+def test_every_tensor_lies_where_the_file_says_and_the_hash_is_that_of_the_file(
+    tmp_path: Path,
+) -> None:
+    tensors = Tensors(SHAPES)
+    with WeightFile(tmp_path / "data") as file:
+        stream_weights(tensors, file, Silent())
+        file.add("table", np.arange(4))
+    data = (tmp_path / "data").read_bytes()
+    assert file.sha256 == hashlib.sha256(data).hexdigest()
+    assert list(file.placements) == ["b", "layers.2.w", "layers.10.w", "no", "scalar", "table"]
+    for name, array in tensors.arrays.items():
+        place = file.placements[name]
+        assert data[place.offset : place.offset + place.length] == array.tobytes()
+        assert place.shape == array.shape and place.offset % 64 == 0
+
+
+def test_a_tensor_that_is_not_what_was_announced_is_an_error(tmp_path: Path) -> None:
+    tensors = Tensors({"a": (40, 3), "b": (6, 50)}, frozenset({"a"}))
+    with (
+        WeightFile(tmp_path / "data") as file,
+        pytest.raises(
+            CheckpointError, match=r"a was announced as float32 \[40, 3\]; with 12 bytes"
+        ),
+    ):
+        stream_weights(tensors, file, Silent())

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from weights_family import ArrayTensors
+
+from peft_deploy.errors import AdapterError, CheckpointError
+from peft_deploy.weights import (
+    DTYPES,
+    AdapterTensors,
+    Array,
+    LoraPair,
+    MergedTensors,
+    SubsetTensors,
+    contiguous,
+    lora_delta,
+)
+from peft_deploy.weights.pieces import Task, in_order, pieces_of
+
+
+def _assembled(source: SubsetTensors | MergedTensors | ArrayTensors, name: str) -> Array:
+    return np.concatenate([np.atleast_1d(piece()) for piece in pieces_of(source, name)])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("stored", ["in, out", "out, in"])
+def test_a_merge_in_pieces_is_the_whole_tensor_merged_to_the_bit(dtype: str, stored: str) -> None:
+    rng = np.random.default_rng(3)
+    W = rng.standard_normal((2600, 1100)).astype(np.float16)  # 11 MB in float32, pieces are 8 MiB
+    W = W if stored == "in, out" else np.ascontiguousarray(W.T).T
+    pair = LoraPair(
+        rng.standard_normal((2600, 5)).astype(np.float32),
+        rng.standard_normal((5, 1100)).astype(np.float32),
+        0.01,
+    )
+    source = ArrayTensors({"layer.weight": W, "other.weight": W, "left_out": W})
+    merged = MergedTensors(source, AdapterTensors({"layer": pair}, {}), dtype)
+    subset = SubsetTensors(merged, {"left_out"})
+    whole = (contiguous(W).astype(np.float32) + lora_delta(pair)).astype(DTYPES[dtype])
+    for found in (_assembled(subset, "layer.weight"), subset.read("layer.weight")):
+        assert found.tobytes() == whole.tobytes()
+    assert len(list(pieces_of(subset, "layer.weight"))) > 1
+    assert _assembled(subset, "other.weight").tobytes() == W.astype(DTYPES[dtype]).tobytes()
+    with pytest.raises(KeyError):
+        list(pieces_of(subset, "left_out"))
+
+
+def test_a_source_without_pieces_is_read_whole() -> None:
+    values = {
+        "a": np.arange(12.0).reshape(3, 4),
+        "scalar": np.array(3.5),
+        "none": np.zeros((0, 4)),
+    }
+    source = ArrayTensors(values)
+    assert _assembled(source, "a").tolist() == values["a"].tolist()
+    assert _assembled(source, "scalar").tolist() == [3.5]
+    assert list(pieces_of(source, "none")) == []
+
+
+def test_errors_of_a_piece_reach_who_takes_them() -> None:
+    W = np.full((4, 4), 60000, np.float16)
+    pair = LoraPair(np.full((4, 1), 60000, np.float32), np.ones((1, 4), np.float32), 1.0)
+    merged = MergedTensors(
+        ArrayTensors({"layer.weight": W}), AdapterTensors({"layer": pair}, {}), "float16"
+    )
+    with pytest.raises(AdapterError, match=r"layer\.weight: the merged weight is not finite"):
+        list(in_order(pieces_of(merged, "layer.weight")))
+    plain = MergedTensors(
+        ArrayTensors({"a": np.full(3, 1e6, np.float32)}), AdapterTensors({}, {}), "float16"
+    )
+    with pytest.raises(CheckpointError, match="a: 3 values are too large"):
+        list(in_order(pieces_of(plain, "a")))
+
+
+def test_results_come_in_order_and_only_a_few_tasks_run_ahead() -> None:
+    begun: list[int] = []
+
+    def tasks() -> Iterator[Task[int]]:
+        for i in range(100):
+            begun.append(i)
+            yield lambda i=i: i  # type: ignore[misc]
+
+    results = in_order(tasks())
+    assert [next(results) for _ in range(3)] == [0, 1, 2]
+    assert len(begun) < 20
+    results.close()
+    assert not [t for t in threading.enumerate() if t.name == "peft-deploy_0" and t.is_alive()]
+    assert list(in_order(tasks())) == list(range(100))
