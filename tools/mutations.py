@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "mutations.md"
 BEGIN, END = "<!-- faults: begin -->", "<!-- faults: end -->"
 SEEN = "| fault | bundle | cases failed | error / limit | same best token | KL | text | found |"
-BLIND = "| fault | bundle | error / limit |"
+BLIND = "| fault | bundle | error / limit | what the files show |"
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +49,8 @@ class Outcome:
         """In Markdown."""
         m, v = self.mutation, self.verdict
         if not m.seen:
-            return f"| {m.name} | {m.subject} | {v.used:.2f} |"
+            files = " ".join((v.files or "-").partition("\n")[2].split())
+            return f"| {m.name} | {m.subject} | {v.used:.2f} | {files} |"
         cases = v.report.cases
         failed = f"{sum(not c.passed for c in cases)} of {len(cases)}"
         cells = (m.name, m.subject, failed, _ratio(v.used), *_logits(v), _text(v), _found(v))
@@ -131,7 +132,12 @@ def render(outcomes: Sequence[Outcome]) -> str:
         *_table(SEEN, seen),
     ]
     if blind:
-        lines += ["", "What the check cannot see:", "", *_table(BLIND, blind)]
+        lines += [
+            "",
+            "What no case sees, and the comparison of the files does:",
+            "",
+            *_table(BLIND, blind),
+        ]
     return "\n".join(lines)
 
 

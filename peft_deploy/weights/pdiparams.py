@@ -64,19 +64,28 @@ def read_records(path: Path) -> Iterator[TensorInfo]:
     Raises:
         CheckpointError: the file cannot be read, is cut off, or is something else.
     """
+    return (info for info, _ in read_places(path))
+
+
+def read_places(path: Path) -> Iterator[tuple[TensorInfo, int]]:
+    """The same, each with the byte at which its numbers begin.
+
+    Raises:
+        CheckpointError: see :func:`read_records`.
+    """
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
             while file.tell() < size:
                 start = file.tell()
-                info = _read_head(path, file)
-                if file.tell() + info.nbytes > size:
+                info, place = _read_head(path, file), file.tell()
+                if place + info.nbytes > size:
                     raise CheckpointError(
                         f"{path} is cut off: the tensor at byte {start} ({info.dtype} "
                         f"{list(info.shape)}) ends after its {size} bytes"
                     )
                 file.seek(info.nbytes, 1)
-                yield info
+                yield info, place
     except OSError as exc:
         raise CheckpointError(f"{path} cannot be read: {exc}") from exc
 

@@ -80,10 +80,16 @@ def fill_bundle(
         clock.phase("Finishing the graph")
         source.check(converted.shapes)
         made: Sequence[ConvertedGraph | StaticProgram] = converted.graphs
-        graph, *others = [
+        graphs = [
             _finish(one, source, file, options, part.signature)
             for one, file, part in zip(made, files, parts, strict=True)
         ]
+    # Here and not above, for the same reason as below: what it imports would keep the child waiting.
+    from peft_deploy.workflows.check_weights import TABLES, table_hashes
+
+    for facts, part in zip(graphs, parts, strict=True):
+        facts[TABLES] = table_hashes(folder.path / part.folder, source, part, options.format)
+    graph, *others = graphs
     _write_configs(folder, source, generation, options.format)
     graph = write_kept(folder, source, graph, fingerprint)
     signature = source.family.signature(source.config, EXPORT_DTYPE).with_cache_in(precision.dtype)

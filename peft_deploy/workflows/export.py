@@ -228,6 +228,7 @@ def _validate(
     from peft_deploy.workflows.check_adapters import check_adapters
     from peft_deploy.workflows.check_bundle import check_bundle
     from peft_deploy.workflows.check_prefixes import check_prefixes
+    from peft_deploy.workflows.check_weights import check_weights
     from peft_deploy.workflows.parity_reports import save_reports
     from peft_deploy.workflows.recorded_reference import keep_recordings
 
@@ -235,6 +236,7 @@ def _validate(
     report = check_bundle(
         folder.path, reference, source.family, source.config, progress=clock, extras=extras
     )
+    report = check_weights(report, folder.path, source, progress=clock)
     report = check_prefixes(report, folder.path, reference, source, progress=clock, extras=extras)
     del reference  # the check of an adapter loads a model of its own
     report = check_adapters(report, folder.path, source, progress=clock, extras=extras)

@@ -21,6 +21,7 @@ from peft_deploy.workflows.check_adapters import check_adapters
 from peft_deploy.workflows.check_bundle import check_bundle
 from peft_deploy.workflows.check_extras import CheckExtras, read_cases
 from peft_deploy.workflows.check_prefixes import check_prefixes
+from peft_deploy.workflows.check_weights import check_weights
 from peft_deploy.workflows.origin import check_origin
 from peft_deploy.workflows.recorded_reference import check_recorded, read_recordings
 from peft_deploy.workflows.sources import Adapters, from_folders
@@ -110,6 +111,7 @@ def validate(
         progress.phase("Looking for the first bad value")
         expectation = extras.recordings[0].expectation
         report = with_finding(report, folder, model, source, expectation, Path(bisect))
+    report = check_weights(report, folder, source, progress=progress)
     report = check_prefixes(report, folder, model, source, **options)
     del model  # the check of an adapter loads a model of its own
     return check_adapters(report, folder, source, **options)

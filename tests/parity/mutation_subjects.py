@@ -31,6 +31,7 @@ from peft_deploy.runtime import Runner, Session, open_runner
 from peft_deploy.workflows.bisect import with_finding
 from peft_deploy.workflows.check_bundle import check_bundle, check_runner
 from peft_deploy.workflows.check_extras import CheckExtras
+from peft_deploy.workflows.check_weights import check_weights
 from peft_deploy.workflows.sources import EXPORT_DTYPE, ExportSource
 
 
@@ -41,10 +42,12 @@ class Verdict:
     Args:
         report: the gate's.
         finding: the search's; None where it finds nothing or cannot look.
+        files: what is wrong with the weights in the bundle's files, where no case fails; None where nothing is.
     """
 
     report: ParityReport
     finding: Finding | None
+    files: str | None = None
 
     @property
     def used(self) -> float:
@@ -150,7 +153,11 @@ class Subject:
     def judge(self, folder: Path, output: Path) -> Verdict:
         """The gate's report of a copy, and the search's if that fails."""
         report = self.check(folder)
-        if report.passed or not self.can_be_searched:
+        if report.passed:
+            return Verdict(
+                report, None, check_weights(report, folder, self.source).cases[-1].problem
+            )
+        if not self.can_be_searched:
             return Verdict(report, None)
         model, expectation = self.reference.model, self.recording.expectation
         found = with_finding(report, folder, model, self.source, expectation, output)

@@ -1,7 +1,7 @@
 """Deliberate faults, each put into a copy of a good bundle.
 
-The gate has to see every one of them, and the search has to find those in a graph where they are. The few that the
-gate cannot see are here as well, marked as such, so that nobody takes it for more than it is.
+A case of the gate has to see every one of them, and the search has to find those in a graph where they are. The few
+that no case can see are here as well, marked as such; comparing the bundle's files with the checkpoint sees these.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Mutation:
         apply: changes a copy of the bundle.
         node: an operator that the search has to suspect; empty where it cannot look.
         layer: the layer that it has to name; None for faults that are in no layer, or in all.
-        seen: whether the gate can see it.
+        seen: whether a case can see it; what none can see has to be seen in the bundle's files.
         runs: whether the graph still runs in every case.
     """
 
@@ -46,6 +46,8 @@ def complaints(mutation: Mutation, verdict: Verdict) -> list[str]:
     if report.passed is mutation.seen:
         said = "passed" if report.passed else "failed"
         wrong.append(f"{mutation.name}: the bundle {said}; {report.summary()}")
+    if not mutation.seen and verdict.files is None:
+        wrong.append(f"{mutation.name}: the files are said to be right")
     if mutation.seen and not mutation.runs and not any(case.problem for case in report.cases):
         wrong.append(f"{mutation.name}: the graph runs in every case")
     if mutation.node and (

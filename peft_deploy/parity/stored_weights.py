@@ -1,0 +1,181 @@
+"""The weights in a bundle's files against those that the export makes of the checkpoint, byte by byte.
+
+The cases of a check read a few texts, so they see neither a row of an embedding whose token is in none of them, nor a
+position between the texts and the end of a table. Comparing the files themselves leaves no such gap.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from peft_deploy.errors import BundleError
+from peft_deploy.runtime import check_external_data
+from peft_deploy.runtime.program_file import check_weights
+from peft_deploy.weights import Array, contiguous_blocks
+from peft_deploy.weights.pdiparams import read_places
+from peft_deploy.weights.source import DTYPES
+
+# Of a tensor's largest magnitude. Another processor adds up A · B in another order (and decomposes a matrix in
+# another way, for PiSSA), so that a merged weight may differ in its last bits.
+SAME_SUM = 1e-5
+_HASH_BLOCK = 1 << 20
+_PIECE = 1 << 20  # elements that are compared at a time
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a bundle keeps a tensor.
+
+    Args:
+        name: of the initializer, or of the program's parameter.
+        path: of the file.
+        dtype: a key of :data:`~peft_deploy.weights.source.DTYPES`.
+        shape: its dimensions.
+        offset: of its first byte.
+        length: in bytes.
+        content: the bytes themselves, of a small tensor that lies in the graph's own file.
+    """
+
+    name: str
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    length: int
+    content: bytes | None = None
+
+    @contextmanager
+    def open(self) -> Iterator[BinaryIO]:
+        """A file that stands at its first byte."""
+        if self.content is not None:
+            yield BytesIO(self.content)
+            return
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            yield file
+
+    def sha256(self) -> str:
+        """Of its bytes, in hexadecimal."""
+        digest, left = hashlib.sha256(), self.length
+        with self.open() as file:
+            while left > 0 and (block := file.read(min(left, _HASH_BLOCK))):
+                digest.update(block)
+                left -= len(block)
+        return digest.hexdigest()
+
+
+def stored_in_onnx(model: Path) -> dict[str, StoredTensor]:
+    """Name → place of every initializer.
+
+    Args:
+        model: ``model.onnx``.
+
+    Raises:
+        BundleError: the file is no model, or keeps weights elsewhere.
+    """
+    import onnx_ir as ir
+
+    check_external_data(model)
+    found: dict[str, StoredTensor] = {}
+    for name, value in ir.load(model).graph.initializers.items():
+        tensor = value.const_value
+        if tensor is None:
+            continue
+        dtype, shape = tensor.dtype.numpy().name, tuple(tensor.shape.numpy())
+        if isinstance(tensor, ir.ExternalTensor):
+            path, offset, length = model.parent / tensor.location, tensor.offset, tensor.length
+            found[name] = StoredTensor(
+                name, path, dtype, shape, offset or 0, length or tensor.nbytes
+            )
+        else:
+            found[name] = StoredTensor(
+                name, model, dtype, shape, 0, tensor.nbytes, tensor.tobytes()
+            )
+    return found
+
+
+def stored_in_paddle(program: Path, params: Path) -> dict[str, StoredTensor]:
+    """Name → place of every parameter of a program in Paddle's static format.
+
+    Args:
+        program: ``model.json``.
+        params: ``model.pdiparams``.
+
+    Raises:
+        BundleError: the two do not belong together.
+    """
+    names = check_weights(program, params).parameters
+    return {
+        name: StoredTensor(name, params, info.dtype, info.shape, offset, info.nbytes)
+        for name, (info, offset) in zip(names, read_places(params), strict=True)
+    }
+
+
+def difference(stored: StoredTensor, wanted: Array, *, summed: bool) -> str | None:
+    """What is wrong with a stored tensor, for people; None when it is the one that is wanted.
+
+    Args:
+        stored: where it lies.
+        wanted: what an export writes.
+        summed: whether it is a sum of products, whose last bits depend on the processor.
+
+    Raises:
+        BundleError: the file ends before the tensor does.
+    """
+    if stored.shape != wanted.shape or DTYPES[stored.dtype] != wanted.dtype:
+        return (
+            f"it is {stored.dtype} {list(stored.shape)}; "
+            f"it should be {wanted.dtype.name} {list(wanted.shape)}"
+        )
+    changed, first, off, largest = 0, -1, 0.0, 0.0
+    for start, have, want in _blocks(stored, wanted):
+        if summed:
+            largest = max(largest, float(np.abs(want.astype(np.float64)).max(initial=0)))
+        unequal = _unequal(have, want)
+        if unequal.size == 0:
+            continue
+        changed += unequal.size
+        first = start + int(unequal[0]) if first < 0 else first
+        gap = np.abs(have[unequal].astype(np.float64) - want[unequal].astype(np.float64))
+        off = max(off, float(np.where(np.isnan(gap), np.inf, gap).max()))
+    if first < 0 or (summed and off <= SAME_SUM * largest):
+        return None
+    index = [int(i) for i in np.unravel_index(first, wanted.shape)]
+    return f"{changed} of {wanted.size} numbers differ, by up to {off:.3g}; the first is {index}"
+
+
+def _unequal(have: Array, want: Array) -> npt.NDArray[np.intp]:
+    """Indices of the elements that have not the same bits: NaN may be equal, and 0 and -0 are not."""
+    bits = have.view(np.uint8) != want.view(np.uint8)
+    return np.flatnonzero(bits.reshape(have.size, -1).any(axis=1))
+
+
+def _blocks(stored: StoredTensor, wanted: Array) -> Iterator[tuple[int, Array, Array]]:
+    """Index of the first element, what the file has and what is wanted, in pieces of a few megabytes."""
+    start = 0
+    with stored.open() as file:
+        for block in contiguous_blocks(wanted):
+            flat = block.reshape(-1)
+            for at in range(0, flat.size, _PIECE):
+                piece = flat[at : at + _PIECE]
+                yield start + at, _read(file, piece, stored), piece
+            start += flat.size
+
+
+def _read(file: BinaryIO, like: Array, stored: StoredTensor) -> Array:
+    data = file.read(like.nbytes)
+    if len(data) != like.nbytes:
+        raise BundleError(
+            f"{stored.path} ends within {stored.name}",
+            hint="get the bundle again, or export it again",
+        )
+    return np.frombuffer(data, like.dtype)

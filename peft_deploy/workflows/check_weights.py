@@ -1,0 +1,136 @@
+"""Checks the weights in a bundle's files against those that an export makes of the checkpoint and the adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from peft_deploy.bundle import MODEL, PARAMS, PROGRAM, Manifest
+from peft_deploy.config.export import ONNX
+from peft_deploy.errors import listed
+from peft_deploy.parity.case_result import CaseResult
+from peft_deploy.parity.report import ParityReport
+from peft_deploy.parity.stored_weights import (
+    StoredTensor,
+    difference,
+    stored_in_onnx,
+    stored_in_paddle,
+)
+from peft_deploy.progress import Progress, Silent
+from peft_deploy.weights import TensorSource
+from peft_deploy.workflows.graph_parts import GraphPart, graph_parts
+from peft_deploy.workflows.sources import EXPORT_DTYPE, ExportSource
+
+CASE = "weights, byte by byte"  # in a report
+TABLES = "tables"  # in what a manifest says of a graph
+
+
+def check_weights(
+    report: ParityReport,
+    folder: Path,
+    source: ExportSource,
+    *,
+    progress: Progress | None = None,
+) -> ParityReport:
+    """The report with one more case, which reads no text: every weight is the one that an export would write.
+
+    Args:
+        report: of the other cases.
+        folder: the bundle, sealed.
+        source: what it was made of.
+        progress: gets a phase counted in tensors.
+    """
+    manifest, progress = Manifest.read(folder), progress or Silent()
+    parts = graph_parts(source, source.merged(EXPORT_DTYPE))
+    count = sum(len(part.tensors.names()) for part in parts)
+    progress.phase("Comparing the weights", count, "tensors")
+    wrong: dict[str, str] = {}
+    size = 0
+    for part in parts:
+        place = folder / part.folder
+        stored, names = _stored(place, manifest.format), _names(source, part, manifest.format)
+        found = _compare(stored, part.tensors, names, _summed(source), progress)
+        found |= _wrong_tables(stored, _graph_facts(manifest, part).get(TABLES, {}))
+        wrong |= {(Path(part.folder) / name).as_posix(): text for name, text in found.items()}
+        size += sum(tensor.length for tensor in stored.values())
+    problem = None
+    if wrong:
+        lines = listed(f"{name}: {text}" for name, text in wrong.items())
+        problem = (
+            f"{len(wrong)} of {count} are not what an export of this model would write:\n{lines}"
+        )
+    case = CaseResult(CASE, CASE, f"{count} tensors, {size / 1e6:.0f} MB", problem=problem)
+    return replace(report, cases=(*report.cases, case))
+
+
+def _graph_facts(manifest: Manifest, part: GraphPart) -> Mapping[str, Any]:
+    """What the manifest says of a graph."""
+    if not part.folder:
+        return manifest.graph
+    return {} if manifest.encoder is None else manifest.encoder.graph
+
+
+def _stored(place: Path, format: str) -> Mapping[str, StoredTensor]:
+    if format == ONNX:
+        return stored_in_onnx(place / MODEL)
+    return stored_in_paddle(place / PROGRAM, place / PARAMS)
+
+
+def _names(source: ExportSource, part: GraphPart, format: str) -> dict[str, str]:
+    """Parameter → what a bundle calls it."""
+    names = source.family.names(source.config)
+    mapped = {parameter: names.to_huggingface(parameter) for parameter in part.tensors.names()}
+    return {p: m.name if m and format == ONNX else p for p, m in mapped.items()}
+
+
+def _summed(source: ExportSource) -> frozenset[str]:
+    """Parameters that are sums, which no two processors need to compute alike to the last bit."""
+    pairs = {} if source.adapter is None else source.adapter.adapter.pairs
+    return frozenset(f"{module}.weight" for module in pairs)
+
+
+def _compare(
+    stored: Mapping[str, StoredTensor],
+    tensors: TensorSource,
+    names: Mapping[str, str],
+    summed: frozenset[str],
+    progress: Progress,
+) -> dict[str, str]:
+    """Weight → what is wrong with it."""
+    wrong: dict[str, str] = {}
+    for parameter, name in names.items():
+        if name not in stored:
+            wrong[name] = "it is not there"
+        elif text := difference(stored[name], tensors.read(parameter), summed=parameter in summed):
+            wrong[name] = text
+        progress.advance(1, name)
+    return wrong
+
+
+def table_hashes(
+    place: Path, source: ExportSource, part: GraphPart, format: str
+) -> dict[str, str]:
+    """SHA-256 of everything beside a graph that is no weight of the model's: the tables of its stand-in.
+
+    Args:
+        place: folder of the graph, complete.
+        source: what it was made of.
+        part: which of the model's graphs it is.
+        format: of the bundle.
+    """
+    stored, weights = _stored(place, format), _names(source, part, format).values()
+    tables = {n: t for n, t in stored.items() if n not in weights and t.content is None}
+    return {name: tensor.sha256() for name, tensor in tables.items()}
+
+
+def _wrong_tables(stored: Mapping[str, StoredTensor], tables: Mapping[str, str]) -> dict[str, str]:
+    """What the checkpoint does not have is held to what the export wrote."""
+    wrong: dict[str, str] = {}
+    for name, known in tables.items():
+        if name not in stored:
+            wrong[name] = "it is not there"
+        elif stored[name].sha256() != known:
+            wrong[name] = "it is not the table that the export wrote"
+    return wrong
