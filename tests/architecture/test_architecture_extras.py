@@ -51,6 +51,7 @@ NEED_PADDLE = (
 # Exporting is all that needs onnxscript.
 NEED_ONNXSCRIPT = (
     "peft_deploy.convert.fusions.fusion",
+    "peft_deploy.convert.fusions.gelu",
     "peft_deploy.convert.fusions.pipeline",
     "peft_deploy.convert.fusions.rms_normalization",
 )

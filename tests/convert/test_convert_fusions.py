@@ -112,6 +112,74 @@ def test_a_step_that_something_else_reads_is_kept() -> None:
     np.testing.assert_allclose(run(m, x), before, rtol=1e-5, atol=1e-6)
 
 
+ERF = {"root": np.float32(np.sqrt(2)), "one": np.float32(1), "half": np.float32(0.5)}
+TANH = {
+    "scale": np.float32(np.sqrt(2 / np.pi)),
+    "cubic": np.float32([0.044715]),
+    "one": np.float32(1),
+    "half": np.float32([0.5]),
+}
+
+
+def gelu_erf() -> list[Any]:
+    return [
+        Node("Div", ["x", "root"], ["d"]),
+        Node("Erf", ["d"], ["f"]),
+        Node("Add", ["f", "one"], ["p"]),
+        Node("Mul", ["x", "p"], ["q"]),
+        Node("Mul", ["q", "half"], ["y"]),
+    ]
+
+
+def gelu_tanh() -> list[Any]:
+    return [
+        Node("Mul", ["x", "half"], ["h"]),
+        Node("Mul", ["x", "x"], ["xx"]),
+        Node("Mul", ["xx", "x"], ["xxx"]),
+        Node("Mul", ["xxx", "cubic"], ["c"]),
+        Node("Add", ["x", "c"], ["a"]),
+        Node("Mul", ["a", "scale"], ["s"]),
+        Node("Tanh", ["s"], ["t"]),
+        Node("Add", ["t", "one"], ["p"]),
+        Node("Mul", ["h", "p"], ["y"]),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "constants", "approximate"),
+    [(gelu_erf, ERF, "none"), (gelu_tanh, TANH, "tanh")],
+)
+def test_both_forms_of_gelu_are_fused(nodes: Any, constants: Any, approximate: str) -> None:
+    m = model(nodes(), constants)
+    x = floats(2, 3, 6) * 4
+    before = run(m, x)
+    report = run_fusions(m, "onnx")
+    assert report.fused["Gelu"] == 1
+    node = next(iter(m.graph))
+    assert kinds(m) == ["Gelu"] and node.name == "/layer/Gelu"
+    assert node.attributes["approximate"].as_string() == approximate
+    np.testing.assert_allclose(run(m, x), before, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "constants"),
+    [
+        (gelu_erf, ERF | {"root": np.float32(1.4141)}),
+        (gelu_erf, ERF | {"half": np.full((1, 1, 1, 1), 0.5, "float32")}),  # it raises the rank
+        (gelu_tanh, TANH | {"cubic": np.float32(0.0447)}),
+        (gelu_tanh, TANH | {"one": floats(6)}),
+    ],
+)
+def test_what_only_looks_like_gelu_stays(nodes: Any, constants: Any) -> None:
+    m = model(nodes(), constants)
+    x = floats(2, 3, 6)
+    before, kept = run(m, x), kinds(m)
+    report = run_fusions(m, "onnx")
+    assert report.fused["Gelu"] == 0
+    assert kinds(m) == kept
+    np.testing.assert_array_equal(run(m, x), before)
+
+
 @pytest.mark.parametrize(
     ("node", "opset", "domains", "reason"),
     [

@@ -159,9 +159,12 @@ def folder_of(node: ir.Node) -> str:
 
 
 def number(value: ir.Value | None) -> float | None:
-    """The number that a constant of one element holds; None for anything else."""
+    """The number that a constant of one element holds; None for anything else.
+
+    A constant of more than one axis is none: it may raise the rank of what it is computed with.
+    """
     constant = None if value is None else value.const_value
-    if constant is None or constant.size != 1:
+    if constant is None or constant.size != 1 or len(constant.shape) > 1:
         return None
     return float(constant.numpy().reshape(()))
 

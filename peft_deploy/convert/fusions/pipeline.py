@@ -8,6 +8,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from peft_deploy.convert.fusions.fusion import ONNX, Fusion, folder_of
+from peft_deploy.convert.fusions.gelu import GELU
 from peft_deploy.convert.fusions.report import UNKNOWN_FORM, FusionReport
 from peft_deploy.convert.fusions.rms_normalization import RMS_NORMALIZATION
 from peft_deploy.convert.opset import declare_fused
@@ -15,6 +16,7 @@ from peft_deploy.convert.opset import declare_fused
 FUSIONS: tuple[Fusion, ...] = (
     # Before anything that takes a norm's output for granted.
     RMS_NORMALIZATION,
+    GELU,
 )
 
 
