@@ -5,26 +5,33 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft_deploy.bundle import MODEL, PARAMS, PROGRAM, Manifest
 from peft_deploy.config.export import ONNX
+from peft_deploy.config.precision import PRECISIONS
 from peft_deploy.errors import listed
 from peft_deploy.parity.case_result import CaseResult
 from peft_deploy.parity.report import ParityReport
 from peft_deploy.parity.stored_weights import (
-    StoredTensor,
+    FileTensor,
     difference,
     stored_in_onnx,
     stored_in_paddle,
 )
 from peft_deploy.progress import Progress, Silent
 from peft_deploy.weights import TensorSource
-from peft_deploy.workflows.graph_parts import GraphPart, graph_parts
-from peft_deploy.workflows.sources import EXPORT_DTYPE, ExportSource
+from peft_deploy.workflows.graph_parts import GraphPart
+from peft_deploy.workflows.sources import ExportSource
+from peft_deploy.workflows.storage import written_parts
+
+if TYPE_CHECKING:
+    from peft_deploy.convert import WeightFile
 
 CASE = "weights, byte by byte"  # in a report
-TABLES = "tables"  # in what a manifest says of a graph
+# In what a manifest says of a graph: initializer → hash, and initializer → tensor that the file got, where one name
+# does not follow from the other.
+TABLES, RENAMED = "tables", "renamed"
 
 
 def check_weights(
@@ -43,16 +50,18 @@ def check_weights(
         progress: gets a phase counted in tensors.
     """
     manifest, progress = Manifest.read(folder), progress or Silent()
-    parts = graph_parts(source, source.merged(EXPORT_DTYPE))
+    parts = written_parts(source, PRECISIONS[manifest.precision])
     count = sum(len(part.tensors.names()) for part in parts)
     progress.phase("Comparing the weights", count, "tensors")
     wrong: dict[str, str] = {}
     size = 0
     for part in parts:
         place = folder / part.folder
-        stored, names = _stored(place, manifest.format), _names(source, part, manifest.format)
-        found = _compare(stored, part.tensors, names, _summed(source), progress)
-        found |= _wrong_tables(stored, _graph_facts(manifest, part).get(TABLES, {}))
+        stored, facts = _stored(place, manifest.format), _graph_facts(manifest, part)
+        other = {tensor: name for name, tensor in facts.get(RENAMED, {}).items()}
+        names = _names(source, part, manifest.format) | other
+        found = _compare(stored, part.tensors, names, _summed(source, part), progress)
+        found |= _wrong_tables(stored, facts.get(TABLES, {}))
         wrong |= {(Path(part.folder) / name).as_posix(): text for name, text in found.items()}
         size += sum(tensor.length for tensor in stored.values())
     problem = None
@@ -72,7 +81,7 @@ def _graph_facts(manifest: Manifest, part: GraphPart) -> Mapping[str, Any]:
     return {} if manifest.encoder is None else manifest.encoder.graph
 
 
-def _stored(place: Path, format: str) -> Mapping[str, StoredTensor]:
+def _stored(place: Path, format: str) -> Mapping[str, FileTensor]:
     if format == ONNX:
         return stored_in_onnx(place / MODEL)
     return stored_in_paddle(place / PROGRAM, place / PARAMS)
@@ -85,14 +94,17 @@ def _names(source: ExportSource, part: GraphPart, format: str) -> dict[str, str]
     return {p: m.name if m and format == ONNX else p for p, m in mapped.items()}
 
 
-def _summed(source: ExportSource) -> frozenset[str]:
-    """Parameters that are sums, which no two processors need to compute alike to the last bit."""
-    pairs = {} if source.adapter is None else source.adapter.adapter.pairs
-    return frozenset(f"{module}.weight" for module in pairs)
+def _summed(source: ExportSource, part: GraphPart) -> frozenset[str]:
+    """Tensors that are sums, or made of sums, which no two processors need to compute alike to the last bit."""
+    if source.adapter is None:
+        return frozenset()
+    changed = {f"{module}.weight" for module in source.adapter.adapter.pairs}
+    made = set(part.tensors.names()) - set(source.tensors.names())
+    return frozenset(changed | made)
 
 
 def _compare(
-    stored: Mapping[str, StoredTensor],
+    stored: Mapping[str, FileTensor],
     tensors: TensorSource,
     names: Mapping[str, str],
     summed: frozenset[str],
@@ -109,23 +121,35 @@ def _compare(
     return wrong
 
 
-def table_hashes(
-    place: Path, source: ExportSource, part: GraphPart, format: str
-) -> dict[str, str]:
-    """SHA-256 of everything beside a graph that is no weight of the model's: the tables of its stand-in.
+def file_facts(
+    place: Path, source: ExportSource, part: GraphPart, format: str, file: WeightFile
+) -> dict[str, Any]:
+    """What the manifest has to say of a graph's files, so that they can be compared later.
 
     Args:
         place: folder of the graph, complete.
         source: what it was made of.
         part: which of the model's graphs it is.
         format: of the bundle.
+        file: that its weights were written to.
+
+    Returns:
+        The hashes of everything beside the graph that is no weight of the model's, and the names of weights that do
+        not follow from those of their tensors.
     """
-    stored, weights = _stored(place, format), _names(source, part, format).values()
-    tables = {n: t for n, t in stored.items() if n not in weights and t.content is None}
-    return {name: tensor.sha256() for name, tensor in tables.items()}
+    names = _names(source, part, format)
+    origins = {file.placements[tensor].offset: tensor for tensor in names}
+    tables, renamed = dict[str, str](), dict[str, str]()
+    for name, tensor in _stored(place, format).items():
+        origin = None if tensor.content is not None else origins.get(tensor.offset)
+        if origin is not None and names[origin] != name:
+            renamed[name] = origin
+        elif origin is None and tensor.content is None:
+            tables[name] = tensor.sha256()
+    return {TABLES: tables} | ({RENAMED: renamed} if renamed else {})
 
 
-def _wrong_tables(stored: Mapping[str, StoredTensor], tables: Mapping[str, str]) -> dict[str, str]:
+def _wrong_tables(stored: Mapping[str, FileTensor], tables: Mapping[str, str]) -> dict[str, str]:
     """What the checkpoint does not have is held to what the export wrote."""
     wrong: dict[str, str] = {}
     for name, known in tables.items():

@@ -31,12 +31,12 @@ from peft_deploy.text.wordpiece import VOCABULARY, wordpiece_json
 from peft_deploy.weights import RoundingLoss
 from peft_deploy.weights.rounding import describe_losses
 from peft_deploy.workflows.description import describe
-from peft_deploy.workflows.graph_parts import encoder_entry, graph_parts
+from peft_deploy.workflows.graph_parts import encoder_entry
 from peft_deploy.workflows.kept_adapters import select_layers, write_kept
 from peft_deploy.workflows.phase_clock import PhaseClock
 from peft_deploy.workflows.prefixes import write_prefixes
 from peft_deploy.workflows.sources import EXPORT_DTYPE, ExportSource
-from peft_deploy.workflows.storage import encoded, storage_plan
+from peft_deploy.workflows.storage import written_parts
 
 if TYPE_CHECKING:
     from peft_deploy.convert import ConvertedGraph, StaticProgram, WeightFile
@@ -63,11 +63,7 @@ def fill_bundle(
     generation = _read_companions(source)
     losses: dict[str, RoundingLoss] = {}
     precision = options.arithmetic
-    plan = storage_plan(source, precision)
-    parts = [
-        replace(part, tensors=encoded(part, plan))
-        for part in graph_parts(source, source.merged(precision.dtype, losses))
-    ]
+    parts = written_parts(source, precision, losses)
     fingerprint = source.fingerprint()
     folder.require_space(sum(part.nbytes for part in parts))
     with ExitStack() as stack:
@@ -85,10 +81,10 @@ def fill_bundle(
             for one, file, part in zip(made, files, parts, strict=True)
         ]
     # Here and not above, for the same reason as below: what it imports would keep the child waiting.
-    from peft_deploy.workflows.check_weights import TABLES, table_hashes
+    from peft_deploy.workflows.check_weights import file_facts
 
-    for facts, part in zip(graphs, parts, strict=True):
-        facts[TABLES] = table_hashes(folder.path / part.folder, source, part, options.format)
+    for facts, part, file in zip(graphs, parts, files, strict=True):
+        facts |= file_facts(folder.path / part.folder, source, part, options.format, file)
     graph, *others = graphs
     _write_configs(folder, source, generation, options.format)
     graph = write_kept(folder, source, graph, fingerprint)

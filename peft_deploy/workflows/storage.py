@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
+from dataclasses import replace
+
 from peft_deploy.config.precision import Precision
-from peft_deploy.weights import DecodedTensors, EncodedTensors, StoragePlan, TensorSource
-from peft_deploy.workflows.graph_parts import GraphPart
+from peft_deploy.weights import (
+    DecodedTensors,
+    EncodedTensors,
+    RoundingLoss,
+    StoragePlan,
+    TensorSource,
+)
+from peft_deploy.workflows.graph_parts import GraphPart, graph_parts
 from peft_deploy.workflows.sources import ExportSource
 
 
@@ -18,6 +27,25 @@ def storage_plan(source: ExportSource, precision: Precision) -> StoragePlan:
         precision: of the bundle.
     """
     return {}
+
+
+def written_parts(
+    source: ExportSource,
+    precision: Precision,
+    losses: MutableMapping[str, RoundingLoss] | None = None,
+) -> list[GraphPart]:
+    """The graphs of a model with the very tensors that their files get.
+
+    An export writes them, and a check compares a bundle's files with them.
+
+    Args:
+        source: the model.
+        precision: of the bundle.
+        losses: gets what rounding loses of every change, once its parameter is read.
+    """
+    plan = storage_plan(source, precision)
+    parts = graph_parts(source, source.merged(precision.dtype, losses))
+    return [replace(part, tensors=encoded(part, plan)) for part in parts]
 
 
 def encoded(part: GraphPart, plan: StoragePlan) -> TensorSource:

@@ -13,10 +13,10 @@ from model_recipes import load_recipe
 
 from peft_deploy.errors import BundleError
 from peft_deploy.parity import ParityReport
-from peft_deploy.parity.stored_weights import SAME_SUM, StoredTensor, difference, stored_in_onnx
+from peft_deploy.parity.stored_weights import SAME_SUM, FileTensor, difference, stored_in_onnx
 from peft_deploy.workflows.check_weights import check_weights
 
-Tensor = Callable[..., StoredTensor]
+Tensor = Callable[..., FileTensor]
 RNG = np.random.default_rng(3)
 WEIGHT = RNG.standard_normal((700, 300)).astype(np.float32)
 
@@ -25,10 +25,10 @@ WEIGHT = RNG.standard_normal((700, 300)).astype(np.float32)
 def stored(tmp_path: Path) -> Tensor:
     """Writes an array behind some junk, as a tensor of a file is."""
 
-    def write(array: np.ndarray, offset: int = 64) -> StoredTensor:
+    def write(array: np.ndarray, offset: int = 64) -> FileTensor:
         path = tmp_path / "model.onnx.data"
         path.write_bytes(b"x" * offset + array.tobytes() + b"y" * 7)
-        return StoredTensor("w", path, array.dtype.name, array.shape, offset, array.nbytes)
+        return FileTensor("w", path, array.dtype.name, array.shape, offset, array.nbytes)
 
     return write
 
