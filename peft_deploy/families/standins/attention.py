@@ -10,9 +10,11 @@ import paddle
 from paddle import Tensor
 from paddle.nn import functional as F
 
-# What PaddleNLP adds to a masked score in float32. The same value here keeps even rows that may attend to nothing
-# (padding) equal to the reference: float32 absorbs the score, and softmax gives the plain average.
-MASKED = float(paddle.finfo(paddle.float32).min)
+# What is added to a masked score: half of float32's lowest number, which PaddleNLP adds. Either absorbs the score, so
+# that rows that may attend to nothing (padding) get the plain average of all values, as in the reference. But the
+# lowest number itself is a sign to onnxruntime's Attention: it gives zeros for such rows. Half of it cannot become
+# -inf either where something is added to a mask.
+MASKED = float(paddle.finfo(paddle.float32).min) / 2
 
 
 def causal_bias(input_ids: Tensor, attention_mask: Tensor) -> Tensor:

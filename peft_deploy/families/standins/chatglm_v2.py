@@ -29,7 +29,7 @@ class ChatGLM2StandIn(DecoderStandIn):
         # [positions, pairs, 2]: about a quarter as many pairs as a head has dimensions
         table = decoder.rotary_pos_emb(decoder.max_sequence_length).astype("float32")
         cos, sin = table[..., 0].numpy(), table[..., 1].numpy()
-        self.rotary = NeighbourRotaryTable(cos, sin, self.head_dim)
+        self.rotary = NeighbourRotaryTable(cos, sin)
         self.norm_is_residual = config.apply_residual_connection_post_layernorm
 
     def _run(

@@ -39,28 +39,27 @@ class NeighbourRotaryTable(RotaryTable):
     Args:
         cos: [positions, pairs]; the dimensions of a head beyond 2 * pairs stay as they are.
         sin: [positions, pairs].
-        head_dim: D.
     """
 
-    def __init__(
-        self, cos: npt.NDArray[np.float32], sin: npt.NDArray[np.float32], head_dim: int
-    ) -> None:
-        # One more column, of no rotation, for the dimensions that stay.
-        column = np.ones_like(cos[:, :1])
-        super().__init__(np.hstack([cos, column]), np.hstack([sin, 0 * column]))
-        pairs, place = cos.shape[1], np.arange(head_dim)
-        self.pair = np.minimum(place // 2, pairs)
-        self.partner = np.where(place < 2 * pairs, place ^ 1, place)
+    def __init__(self, cos: npt.NDArray[np.float32], sin: npt.NDArray[np.float32]) -> None:
+        super().__init__(cos, sin)
+        self.rotated = 2 * cos.shape[1]
+        place = np.arange(self.rotated)
+        self.pair, self.partner = place // 2, place ^ 1
         self.sign = np.where(self.partner > place, -1, 1).astype(np.float32)
 
     def at(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Cos and signed sin for position_ids [B, S], each [B, 1, S, D], to be used by every layer."""
+        """Cos and signed sin for position_ids [B, S], each [B, 1, S, 2 * pairs], to be used by every layer."""
         cos, sin = (_pick(table, self.pair) for table in super().at(position_ids))
         return cos, sin * paddle.to_tensor(self.sign)
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Rotates x [B, heads, S, D]."""
-        return x * cos + _pick(x, self.partner) * sin
+        staying = x.shape[-1] - self.rotated
+        if not staying:
+            return x * cos + _pick(x, self.partner) * sin
+        x, rest = x.split([self.rotated, staying], axis=-1)
+        return paddle.concat([x * cos + _pick(x, self.partner) * sin, rest], -1)
 
 
 def _pick(x: Tensor, places: npt.NDArray[np.int64]) -> Tensor:

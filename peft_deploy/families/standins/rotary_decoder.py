@@ -115,11 +115,10 @@ class RotaryDecoderStandIn(DecoderStandIn):
             with scope("qkv_proj"):
                 fused = linear(attention.qkv_proj, h)
             # Every kv head is followed by nothing of another one: its H/K queries, its key, its value.
-            group = split_heads(fused, K, (H // K + 2) * D)
-            q, k, v = group.split([H // K * D, D, D], axis=-1)
-            if H != K:  # [B, K, S, G * D] → [B, H, S, D]
-                q = split_heads(q.transpose([0, 2, 1, 3]).reshape([0, 0, H * D]), H, D)
-            return q, k, v
+            groups = fused.reshape([0, 0, K, (H // K + 2) * D])
+            q, k, v = groups.split([H // K * D, D, D], axis=-1)  # [B, S, K, …]
+            k, v = k.transpose([0, 2, 1, 3]), v.transpose([0, 2, 1, 3])
+            return split_heads(q, H, D), k, v  # a reshape lets the groups of queries follow each other
         with scope("q_proj"):
             q = linear(attention.q_proj, h)
         with scope("k_proj"):

@@ -114,9 +114,11 @@ class _Falcon(StandIn):
         """Query [B, H, S, D], key and value [B, K, S, D]."""
         if not self.multi_query:
             return split_fused_heads(fused, self.heads, self.head_dim)
-        heads = split_heads(fused, self.heads + 2, self.head_dim)  # the kv head comes last
-        parts: list[Tensor] = heads.split([self.heads, 1, 1], axis=1)
-        return parts
+        H, D = self.heads, self.head_dim
+        parts = fused.split([H * D, D, D], axis=-1)  # the kv head comes last
+        return [
+            split_heads(part, heads, D) for part, heads in zip(parts, (H, 1, 1), strict=True)
+        ]
 
     def _feed_forward(self, mlp: nn.Layer, h: Tensor) -> Tensor:
         with self.scopes("mlp"):
