@@ -30,6 +30,8 @@ from peft_deploy.signature import ADAPTER_IDS, ADAPTERS, BANK_A, BANK_B, BATCH
 from peft_deploy.weights.source import DTYPES
 
 _ROW_AXIS = "bank.row_axis"  # the name of the constant [1]
+# Operators that onnx knows from opset 23 on, 1.18, whose first output is of their first input's shape.
+_SHAPED_AS_INPUT = frozenset({"Attention", "RMSNormalization", "RotaryEmbedding"})
 _SAMPLE_BATCH = 7919  # a prime that is no other size of a model
 
 
@@ -151,9 +153,13 @@ def _in_words(dim: int | str) -> int | str:
 def _inferred_dims(model: ir.Model) -> dict[str, tuple[int | str, ...]]:
     """Dimensions of the graph's values as ONNX's own inference has them, for a sample batch.
 
-    With a number it follows the batch further than with a name: past a broadcast against an unknown size.
+    With a number it follows the batch further than with a name: past a broadcast against an unknown size. Operators
+    that are newer than this onnx give something of their first input's shape.
     """
     proto = ir.to_proto(model)
+    for node in proto.graph.node:
+        if node.op_type in _SHAPED_AS_INPUT:
+            node.CopyFrom(onnx.helper.make_node("Identity", node.input[:1], node.output[:1]))
     del proto.graph.value_info[:]
     for value in proto.graph.input:
         for dim in value.type.tensor_type.shape.dim:

@@ -107,7 +107,6 @@ class NodeNames:
     def __init__(self, graph: ir.Graph) -> None:
         self._graph = graph
         self._used = {node.name or "" for node in graph}
-        self._kept = {id(value) for value in graph.outputs}
 
     def name(self, node: ir.Node, folder: str) -> None:
         """Names a node after a folder and its operator, and what it makes after itself."""
@@ -115,7 +114,7 @@ class NodeNames:
         node.name = self._free(f"{folder}/{node.op_type}", self._used.__contains__)
         self._used.add(node.name)
         for i, value in enumerate(node.outputs):
-            if id(value) not in self._kept:
+            if not value.is_graph_output():
                 value.name = f"{node.name}_output_{i}"
 
     def add_initializer(self, value: ir.Value) -> None:

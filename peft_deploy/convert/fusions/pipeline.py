@@ -7,16 +7,31 @@ from collections.abc import Mapping
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from peft_deploy.convert.fusions.attention import ATTENTION
+from peft_deploy.convert.fusions.attention_layout import JOIN_CACHE, LEAVE_HEADS_LAST, WIDEN_MASK
 from peft_deploy.convert.fusions.fusion import ONNX, Fusion, folder_of
 from peft_deploy.convert.fusions.gelu import GELU
 from peft_deploy.convert.fusions.report import UNKNOWN_FORM, FusionReport
 from peft_deploy.convert.fusions.rms_normalization import RMS_NORMALIZATION
+from peft_deploy.convert.fusions.rotary_embedding import (
+    PARTIAL_ROTARY_EMBEDDING,
+    ROTARY_EMBEDDING,
+)
+from peft_deploy.convert.fusions.shapes import known_shapes
 from peft_deploy.convert.opset import declare_fused
 
 FUSIONS: tuple[Fusion, ...] = (
     # Before anything that takes a norm's output for granted.
     RMS_NORMALIZATION,
     GELU,
+    # Rotation goes back to where heads are last, so that attention can, too.
+    PARTIAL_ROTARY_EMBEDDING,
+    ROTARY_EMBEDDING,
+    ATTENTION,
+    JOIN_CACHE,
+    LEAVE_HEADS_LAST,
+    # Last: takes the number of queries from what the operator gets in the end.
+    WIDEN_MASK,
 )
 
 
@@ -37,10 +52,11 @@ def run_fusions(model: ir.Model, level: str) -> FusionReport:
         return report
     fusions = [fusion for fusion in FUSIONS if fusion.level in (ONNX, level)]
     reasons: dict[str, dict[str, str]] = {}
-    for fusion in fusions:
-        why = reasons.setdefault(fusion.name, {})
-        count = fusion.apply(model, why)
-        report.fused[fusion.name] = report.fused.get(fusion.name, 0) + count
+    with known_shapes(model):
+        for fusion in fusions:
+            why = reasons.setdefault(fusion.name, {})
+            count = fusion.apply(model, why)
+            report.fused[fusion.name] = report.fused.get(fusion.name, 0) + count
     common.RemoveUnusedNodesPass()(model)
     for fusion in fusions:
         _name_plain(model, fusion, reasons[fusion.name], report)

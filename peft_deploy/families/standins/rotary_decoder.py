@@ -118,7 +118,11 @@ class RotaryDecoderStandIn(DecoderStandIn):
             groups = fused.reshape([0, 0, K, (H // K + 2) * D])
             q, k, v = groups.split([H // K * D, D, D], axis=-1)  # [B, S, K, …]
             k, v = k.transpose([0, 2, 1, 3]), v.transpose([0, 2, 1, 3])
-            return split_heads(q, H, D), k, v  # a reshape lets the groups of queries follow each other
+            return (
+                split_heads(q, H, D),
+                k,
+                v,
+            )  # a reshape lets the groups of queries follow each other
         with scope("q_proj"):
             q = linear(attention.q_proj, h)
         with scope("k_proj"):

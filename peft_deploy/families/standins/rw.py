@@ -116,9 +116,7 @@ class _Falcon(StandIn):
             return split_fused_heads(fused, self.heads, self.head_dim)
         H, D = self.heads, self.head_dim
         parts = fused.split([H * D, D, D], axis=-1)  # the kv head comes last
-        return [
-            split_heads(part, heads, D) for part, heads in zip(parts, (H, 1, 1), strict=True)
-        ]
+        return [split_heads(part, heads, D) for part, heads in zip(parts, (H, 1, 1), strict=True)]
 
     def _feed_forward(self, mlp: nn.Layer, h: Tensor) -> Tensor:
         with self.scopes("mlp"):
