@@ -111,6 +111,11 @@ class ExportOptions:
         """Version of the operator set that Paddle2ONNX is asked for."""
         return min(self.graph_opset, OPSETS.stop - 1)
 
+    @property
+    def packs(self) -> bool:
+        """Whether linear layers that read the same input become one matrix."""
+        return self.format == ONNX and self.fusion != PLAIN
+
     def __post_init__(self) -> None:
         self._check_slots()
         self._check_bank()

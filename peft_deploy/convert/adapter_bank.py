@@ -16,8 +16,10 @@ import onnx
 import onnx_ir as ir
 
 from peft_deploy.convert.lora_slots import (
+    NOT_PACKED,
     Linear,
     LoraSlots,
+    Packed,
     Selection,
     add_branch,
     add_slot,
@@ -43,6 +45,7 @@ class AddAdapterBankPass(ir.passes.InPlacePass):
 
     Args:
         select: which linear layers get slots.
+        packed: packed linear layer → the layers in it.
 
     Attributes:
         added: the slots, after the pass has run.
@@ -52,15 +55,16 @@ class AddAdapterBankPass(ir.passes.InPlacePass):
             apart in what one of them gets.
     """
 
-    def __init__(self, select: Selection) -> None:
+    def __init__(self, select: Selection, packed: Packed = NOT_PACKED) -> None:
         super().__init__()
+        self._packed = packed
         self._select = select
         self.added: LoraSlots | None = None
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Inserts five nodes a layer, and two more where it gets one vector a row."""
         graph = model.graph
-        chosen, dtype = choose_linears(graph, self._select)
+        chosen, dtype = choose_linears(graph, self._select, self._packed)
         ranks = _input_ranks(model, chosen)
         ids = ir.val(ADAPTER_IDS, ir.DataType.INT64, ir.Shape([BATCH]))
         graph.inputs.append(ids)
@@ -100,7 +104,7 @@ def _branch(
 ) -> Iterator[ir.Node]:
     """The nodes of (x · A[ids]) · B[ids]; the last one's result is shaped as the layer's."""
     folder = module_folder(module)
-    x = linear.node.inputs[0]
+    x = linear.input
     if rank == 2:  # one vector a row: MatMul wants [B, 1, in] beside [B, in, R]
         widened = slot_node("Unsqueeze", [x, _row_axis(graph)], f"{folder}/lora")
         yield widened
@@ -130,8 +134,7 @@ def _input_ranks(model: ir.Model, linears: Mapping[str, Linear]) -> dict[str, in
     found = _inferred_dims(model)
     ranks, wrong = {}, []
     for module, linear in linears.items():
-        value = linear.node.inputs[0]
-        dims = found.get("" if value is None else value.name or "")
+        dims = found.get(linear.input.name or "")
         if dims is None or len(dims) not in (2, 3) or dims[0] != _SAMPLE_BATCH:
             shape = "of unknown shape" if dims is None else [_in_words(dim) for dim in dims]
             wrong.append(f"{module}: {shape}")

@@ -9,7 +9,7 @@ ONNX calls inputs with a default. With the default of rank 0 the second term is 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,10 @@ from peft_deploy.weights.source import DTYPES
 
 _WEIGHT, _BIAS = ".weight", ".bias"
 _ZEROS = "slots.zeros"  # in the file of weights: what every slot of a fixed rank holds at first
+
+# Packed linear layer → the layers in it, in the order of their columns.
+Packed = Mapping[str, Sequence[str]]
+NOT_PACKED: Packed = {}
 
 # Given the module names of all linear layers of a graph, those that get slots.
 Selection = Callable[[Sequence[str]], Sequence[str]]
@@ -68,6 +72,7 @@ class AddLoraSlotsPass(ir.passes.InPlacePass):
         select: which linear layers get slots.
         file: of the weights; gets the zeros of a fixed rank.
         rank: R for runtimes that take no empty tensors; None leaves it open.
+        packed: packed linear layer → the layers in it; each of them gets slots of its own.
 
     Attributes:
         added: the slots, after the pass has run.
@@ -76,8 +81,15 @@ class AddLoraSlotsPass(ir.passes.InPlacePass):
         ConversionError: the linear layers are of several element types.
     """
 
-    def __init__(self, select: Selection, file: WeightFile, rank: int | None = None) -> None:
+    def __init__(
+        self,
+        select: Selection,
+        file: WeightFile,
+        rank: int | None = None,
+        packed: Packed = NOT_PACKED,
+    ) -> None:
         super().__init__()
+        self._packed = packed
         self._select = select
         self._file = file
         self._rank = rank
@@ -86,7 +98,7 @@ class AddLoraSlotsPass(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Inserts three nodes a layer."""
         graph = model.graph
-        chosen, dtype = choose_linears(graph, self._select)
+        chosen, dtype = choose_linears(graph, self._select, self._packed)
         default = self._defaults(chosen, dtype)
         names: list[str] = []
         for module, linear in chosen.items():
@@ -95,7 +107,7 @@ class AddLoraSlotsPass(ir.passes.InPlacePass):
             A = add_slot(graph, module + LORA_A, (in_size, rank), default)
             B = add_slot(graph, module + LORA_B, (rank, out_size), default)
             folder = module_folder(module)
-            xA = slot_node("MatMul", [linear.node.inputs[0], A], f"{folder}/lora_A")
+            xA = slot_node("MatMul", [linear.input, A], f"{folder}/lora_A")
             xAB = slot_node("MatMul", [xA.outputs[0], B], f"{folder}/lora_B")
             add_branch(graph, linear, [xA, xAB], folder)
             names += [module + LORA_A, module + LORA_B]
@@ -116,50 +128,69 @@ class Linear:
     """A linear layer of a graph.
 
     Args:
-        node: multiplies by the weight.
+        input: is multiplied by the weight.
         result: of the layer, a bias included.
         shape: (in, out).
         dtype: numpy's name of the weight's element type.
     """
 
-    node: ir.Node
+    input: ir.Value
     result: ir.Value
     shape: tuple[int, int]
     dtype: str
 
 
-def find_linears(graph: ir.Graph) -> dict[str, Linear]:
+def find_linears(graph: ir.Graph, packed: Packed = NOT_PACKED) -> dict[str, Linear]:
     """The linear layers of a graph whose weights are bound, by module, in the order in which they are computed.
 
     A layer is a MatMul by a weight ``MODULE.weight`` [in, out] that nothing else uses, with ``MODULE.bias`` added to
-    its result where there is one.
+    its result where there is one; or one of the results of a Split after such a layer that is packed.
+
+    Args:
+        graph: to look through.
+        packed: packed layer → the layers in it.
     """
-    found = {}
+    found: dict[str, Linear] = {}
     for node in graph:
         if node.op_type != "MatMul" or node.domain:
             continue
-        weight = node.inputs[1]
+        read, weight = node.inputs
         name = "" if weight is None else weight.name or ""
         if weight is None or not name.endswith(_WEIGHT) or len(weight.uses()) != 1:
             continue
         tensor = graph.initializers[name].const_value if name in graph.initializers else None
-        if tensor is None or len(tensor.shape) != 2:
+        if read is None or tensor is None or len(tensor.shape) != 2:
             continue
         module = name.removesuffix(_WEIGHT)
         in_size, out_size = tensor.shape.numpy()
-        found[module] = Linear(
-            node, _with_bias(node.outputs[0], module), (in_size, out_size), _numpy_name(tensor)
+        layer = Linear(
+            read, _with_bias(node.outputs[0], module), (in_size, out_size), _numpy_name(tensor)
         )
+        found.update(_parts(layer, packed[module]) if module in packed else [(module, layer)])
     return found
 
 
-def choose_linears(graph: ir.Graph, select: Selection) -> tuple[dict[str, Linear], str]:
+def _parts(layer: Linear, modules: Sequence[str]) -> Iterator[tuple[str, Linear]]:
+    """The layers in a packed one."""
+    users = list(layer.result.uses())
+    split = users[0].node if len(users) == 1 else None
+    if split is None or split.op_type != "Split" or len(split.outputs) != len(modules):
+        return
+    sizes = split.inputs[1].const_value if split.inputs[1] is not None else None
+    assert sizes is not None  # written by PackLinearsPass
+    for module, result, size in zip(modules, split.outputs, sizes.numpy(), strict=True):
+        yield module, Linear(layer.input, result, (layer.shape[0], int(size)), layer.dtype)
+
+
+def choose_linears(
+    graph: ir.Graph, select: Selection, packed: Packed = NOT_PACKED
+) -> tuple[dict[str, Linear], str]:
     """The linear layers that are to get slots, by module, and the element type that they share.
 
     Raises:
         ConversionError: they are of several element types.
     """
-    linears = find_linears(graph)
+    linears = find_linears(graph, packed)
     chosen = {module: linears[module] for module in select(list(linears))}
     dtypes = {linear.dtype for linear in chosen.values()}
     if len(dtypes) > 1:

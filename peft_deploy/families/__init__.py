@@ -23,6 +23,7 @@ from peft_deploy.families.encoder import EncoderFamily
 from peft_deploy.families.encoder_decoder import EncoderDecoderFamily
 from peft_deploy.families.family import DecoderFamily, Family, ModelDims
 from peft_deploy.families.names import MappedName, NameMap, NameRule
+from peft_deploy.families.packing import PackedLinear, PackRule, find_packed
 from peft_deploy.families.parallel import ParallelRule, parallel_axes
 from peft_deploy.families.past import (
     PastDims,
@@ -44,11 +45,14 @@ __all__ = [
     "ModelDims",
     "NameMap",
     "NameRule",
+    "PackRule",
+    "PackedLinear",
     "ParallelRule",
     "PastDims",
     "PastRule",
     "Pooling",
     "find_family",
+    "find_packed",
     "find_past_rule",
     "known_architectures",
     "known_past_rules",

@@ -11,6 +11,7 @@ from peft_deploy.errors import UnsupportedModelError
 from peft_deploy.families.encoder_names import EncoderNames, encoder_rules
 from peft_deploy.families.family import Family, ModelDims
 from peft_deploy.families.names import NameMap, NameRule
+from peft_deploy.families.packing import PackRule
 from peft_deploy.families.pooling import Pooling
 from peft_deploy.signature import (
     BATCH,
@@ -128,6 +129,11 @@ class EncoderFamily(Family):
         if head not in self.poolers:
             ignored.append(rf"{dotted}pooler\..*")
         return EncoderNames([*encoder, *self.head_rules(head)], ignored)
+
+    def pack_rules(self, config: Mapping[str, Any]) -> tuple[PackRule, ...]:
+        """See :meth:`Family.pack_rules`."""
+        parent = f"{self._prefix(config)}encoder.layers.{{i}}.self_attn"
+        return (PackRule(parent, ("q_proj", "k_proj", "v_proj"), "qkv_proj"),)
 
     def _prefix(self, config: Mapping[str, Any]) -> str:
         return "" if self.head(config) == "embedding" else f"{self.prefix}."

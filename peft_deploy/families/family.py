@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from paddle import Tensor, nn
 
     from peft_deploy.families.names import NameMap
+    from peft_deploy.families.packing import PackRule
     from peft_deploy.families.parallel import ParallelRule
 
 
@@ -64,6 +65,10 @@ class Family(ABC):
 
         An architecture alone has to do: weights without a config.json are recognized by these names.
         """
+
+    def pack_rules(self, config: Mapping[str, Any]) -> tuple[PackRule, ...]:
+        """The linear layers that read the same input, and so can be one matrix in a graph."""
+        return ()
 
     def tied(self, config: Mapping[str, Any]) -> Mapping[str, str]:
         """PaddleNLP parameter → the parameter whose storage it shares."""

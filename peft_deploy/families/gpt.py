@@ -15,6 +15,7 @@ from peft_deploy.families.entries import (
 )
 from peft_deploy.families.family import DecoderFamily, ModelDims
 from peft_deploy.families.names import FusedRule, NameMap, NameRule
+from peft_deploy.families.packing import PackRule
 from peft_deploy.families.parallel import ParallelRule
 from peft_deploy.families.registry import register
 
@@ -113,6 +114,10 @@ class GPT(DecoderFamily):
             for kind in kinds
         ]
         return NameMap(rules, _TABLES, [] if config.get("fuse_attention_qkv") else fused)
+
+    def pack_rules(self, config: Mapping[str, Any]) -> tuple[PackRule, ...]:
+        """See :meth:`Family.pack_rules`."""
+        return (PackRule(f"{_LAYER}self_attn", ("q_proj", "k_proj", "v_proj"), "qkv_proj"),)
 
     def tied(self, config: Mapping[str, Any]) -> Mapping[str, str]:
         """See :meth:`Family.tied`."""

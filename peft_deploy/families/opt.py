@@ -16,6 +16,7 @@ from peft_deploy.families.entries import (
 )
 from peft_deploy.families.family import DecoderFamily, ModelDims
 from peft_deploy.families.names import NameMap, NameRule
+from peft_deploy.families.packing import PackRule
 from peft_deploy.families.parallel import ParallelRule
 from peft_deploy.families.registry import register
 from peft_deploy.signature import POSITION_IDS, GraphSignature
@@ -99,6 +100,10 @@ class OPT(DecoderFamily):
                 for own, theirs in projections.items()
             ]
         return NameMap([*ends, *layers])
+
+    def pack_rules(self, config: Mapping[str, Any]) -> tuple[PackRule, ...]:
+        """See :meth:`Family.pack_rules`."""
+        return (PackRule(f"opt.{_LAYER}self_attn", ("q_proj", "k_proj", "v_proj"), "qkv_proj"),)
 
     def tied(self, config: Mapping[str, Any]) -> Mapping[str, str]:
         """See :meth:`Family.tied`; PaddleNLP 3's class never ties, whatever the default of its configuration is."""

@@ -9,6 +9,7 @@ from peft_deploy.errors import UnsupportedModelError
 from peft_deploy.families.entries import head_dim, refuse_other, refuse_set, token_arguments
 from peft_deploy.families.family import DecoderFamily, ModelDims
 from peft_deploy.families.names import NameMap, NameRule
+from peft_deploy.families.packing import PackRule
 from peft_deploy.families.registry import register
 from peft_deploy.signature import GraphSignature
 
@@ -74,6 +75,10 @@ class Qwen(DecoderFamily):
             _name_rules(biased=not config.get("no_bias", True)),
             ignored=[r"transformer\.(h\.\d+\.attn\.)?rotary_emb\.inv_freq"],
         )
+
+    def pack_rules(self, config: Mapping[str, Any]) -> tuple[PackRule, ...]:
+        """See :meth:`Family.pack_rules`; w2 is the gate."""
+        return (PackRule(f"qwen.{_LAYER}mlp", ("w2", "w1"), "w2_w1"),)
 
     def paddle_arguments(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """See :meth:`Family.paddle_arguments`."""

@@ -9,6 +9,7 @@ from peft_deploy.errors import UnsupportedModelError
 from peft_deploy.families.entries import refuse_set
 from peft_deploy.families.family import DecoderFamily, ModelDims
 from peft_deploy.families.names import NameMap, NameRule
+from peft_deploy.families.packing import PackRule
 from peft_deploy.families.parallel import ParallelRule
 from peft_deploy.families.rope import huggingface_rope, plain_rope, refuse_scaling, stretched
 
@@ -136,6 +137,14 @@ class RotaryDecoder(DecoderFamily):
                 NameRule("lm_head.weight", "lm_head.weight", transpose=True),
             ],
             ignored=[r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"],
+        )
+
+    def pack_rules(self, config: Mapping[str, Any]) -> tuple[PackRule, ...]:
+        """See :meth:`Family.pack_rules`."""
+        parent = f"{self.body}.layers.{{i}}"
+        return (
+            PackRule(f"{parent}.self_attn", ("q_proj", "k_proj", "v_proj"), "qkv_proj"),
+            PackRule(f"{parent}.mlp", ("gate_proj", "up_proj"), "gate_up_proj"),
         )
 
     def tied(self, config: Mapping[str, Any]) -> Mapping[str, str]:

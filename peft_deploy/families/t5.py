@@ -10,6 +10,7 @@ from peft_deploy.errors import UnsupportedModelError
 from peft_deploy.families.encoder_decoder import EncoderDecoderFamily
 from peft_deploy.families.entries import entry, refuse_other, token_arguments
 from peft_deploy.families.family import ModelDims
+from peft_deploy.families.packing import PackRule
 from peft_deploy.families.registry import register
 from peft_deploy.families.t5_names import CROSS, DECODER, ENCODER, HEAD, SHARED, T5Names
 from peft_deploy.signature import GraphSignature
@@ -51,6 +52,20 @@ class T5(EncoderDecoderFamily):
             encoder_layers=layers,
             decoder_layers=entry(config, "num_decoder_layers", default=layers),
         )
+
+    def pack_rules(self, config: Mapping[str, Any]) -> tuple[PackRule, ...]:
+        """See :meth:`Family.pack_rules`: cross-attention reads the text, and its keys and values the source."""
+        halves = ((ENCODER, "layer.1"), (DECODER, "layer.2"))
+        own = (
+            PackRule(f"{half}block.{{i}}.layer.0.SelfAttention", ("q", "k", "v"), "qkv")
+            for half, _ in halves
+        )
+        gates = (
+            PackRule(f"{half}block.{{i}}.{place}.DenseReluDense", ("wi_0", "wi_1"), "wi")
+            for half, place in halves
+        )
+        cross = PackRule(f"{DECODER}block.{{i}}.layer.1.EncDecAttention", ("k", "v"), "kv")
+        return (*own, *gates, cross)
 
     def tied(self, config: Mapping[str, Any]) -> Mapping[str, str]:
         """See :meth:`Family.tied`; both halves read the same embeddings, and v1.0 writes with them, too."""

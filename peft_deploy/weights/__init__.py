@@ -13,6 +13,7 @@ from peft_deploy.weights.fingerprint import fingerprint
 from peft_deploy.weights.layout import HuggingFaceTensors
 from peft_deploy.weights.lora import LoraPair, lora_delta, merge_weight
 from peft_deploy.weights.merged import AdapterTensors, MergedTensors
+from peft_deploy.weights.packed import PackedTensors
 from peft_deploy.weights.rounding import ROUNDING_LIMIT, RoundingLoss
 from peft_deploy.weights.source import DTYPES, FLOATING, Array, TensorInfo, TensorSource
 from peft_deploy.weights.storage import (
@@ -40,6 +41,7 @@ __all__ = [
     "HuggingFaceTensors",
     "LoraPair",
     "MergedTensors",
+    "PackedTensors",
     "RoundingLoss",
     "Storage",
     "StoragePlan",

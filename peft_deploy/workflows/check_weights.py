@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from peft_deploy.bundle import MODEL, PARAMS, PROGRAM, Manifest
 from peft_deploy.config.export import ONNX
 from peft_deploy.config.precision import PRECISIONS
+from peft_deploy.convert.packed_names import graph_parameters
 from peft_deploy.errors import listed
 from peft_deploy.parity.case_result import CaseResult
 from peft_deploy.parity.report import ParityReport
@@ -32,6 +33,7 @@ CASE = "weights, byte by byte"  # in a report
 # In what a manifest says of a graph: initializer → hash, and initializer → tensor that the file got, where one name
 # does not follow from the other.
 TABLES, RENAMED = "tables", "renamed"
+PACKED = "packed"  # there, too: packed layer → the layers in it
 
 
 def check_weights(
@@ -50,7 +52,8 @@ def check_weights(
         progress: gets a phase counted in tensors.
     """
     manifest, progress = Manifest.read(folder), progress or Silent()
-    parts = written_parts(source, PRECISIONS[manifest.precision])
+    pack = bool(manifest.graph.get(PACKED))
+    parts = written_parts(source, PRECISIONS[manifest.precision], pack=pack)
     count = sum(len(part.tensors.names()) for part in parts)
     progress.phase("Comparing the weights", count, "tensors")
     wrong: dict[str, str] = {}
@@ -91,7 +94,8 @@ def _names(source: ExportSource, part: GraphPart, format: str) -> dict[str, str]
     """Parameter → what a bundle calls it."""
     names = source.family.names(source.config)
     mapped = {parameter: names.to_huggingface(parameter) for parameter in part.tensors.names()}
-    return {p: m.name if m and format == ONNX else p for p, m in mapped.items()}
+    own = {p: m.name if m and format == ONNX else p for p, m in mapped.items()}
+    return own | graph_parameters(part.packed, names)
 
 
 def _summed(source: ExportSource, part: GraphPart) -> frozenset[str]:

@@ -24,14 +24,13 @@ from peft_deploy.config.export import ONNX, ExportOptions
 from peft_deploy.config.json_file import read_object
 from peft_deploy.convert import ConversionJob
 from peft_deploy.errors import CheckpointError
-from peft_deploy.signature import GraphSignature
 from peft_deploy.text import Tokenizer
 from peft_deploy.text.tokenizer import TOKENIZER
 from peft_deploy.text.wordpiece import VOCABULARY, wordpiece_json
 from peft_deploy.weights import RoundingLoss
 from peft_deploy.weights.rounding import describe_losses
 from peft_deploy.workflows.description import describe
-from peft_deploy.workflows.graph_parts import encoder_entry
+from peft_deploy.workflows.graph_parts import GraphPart, encoder_entry
 from peft_deploy.workflows.kept_adapters import select_layers, write_kept
 from peft_deploy.workflows.phase_clock import PhaseClock
 from peft_deploy.workflows.prefixes import write_prefixes
@@ -63,7 +62,7 @@ def fill_bundle(
     generation = _read_companions(source)
     losses: dict[str, RoundingLoss] = {}
     precision = options.arithmetic
-    parts = written_parts(source, precision, losses)
+    parts = written_parts(source, precision, losses, pack=options.packs)
     fingerprint = source.fingerprint()
     folder.require_space(sum(part.nbytes for part in parts))
     with ExitStack() as stack:
@@ -77,7 +76,7 @@ def fill_bundle(
         source.check(converted.shapes)
         made: Sequence[ConvertedGraph | StaticProgram] = converted.graphs
         graphs = [
-            _finish(one, source, file, options, part.signature)
+            _finish(one, source, file, options, part)
             for one, file, part in zip(made, files, parts, strict=True)
         ]
     # Here and not above, for the same reason as below: what it imports would keep the child waiting.
@@ -122,7 +121,7 @@ def _finish(
     source: ExportSource,
     file: WeightFile,
     options: ExportOptions,
-    signature: GraphSignature,
+    part: GraphPart,
 ) -> dict[str, Any]:
     """Writes the graph beside its weights; returns what the manifest says of it."""
     from peft_deploy.convert import StaticProgram, write_program
@@ -144,7 +143,8 @@ def _finish(
         adapter_bank=options.adapter_bank,
         prefix_slots=options.prefix_slots,
         precision=options.arithmetic,
-        signature=signature,
+        packed=part.packed,
+        signature=part.signature,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from peft_deploy.convert import (
 from peft_deploy.convert.adapter_bank import AddAdapterBankPass
 from peft_deploy.convert.lora_slots import AddLoraSlotsPass, Selection
 from peft_deploy.convert.opset import CONTRIB
+from peft_deploy.convert.pack_linears import PackLinearsPass
+from peft_deploy.convert.packed_names import graph_modules, graph_parameters
 from peft_deploy.convert.prefix_slots import AddPrefixSlotsPass, slot_specs
 from peft_deploy.convert.weight_file import add_tables
-from peft_deploy.families import NameMap
+from peft_deploy.families import NameMap, PackedLinear
 from peft_deploy.signature import GraphSignature
 from peft_deploy.workflows.sources import EXPORT_DTYPE, ExportSource
 
@@ -35,6 +38,7 @@ def finish_graph(
     path: Path,
     *,
     fusion: str = PLAIN,
+    packed: Sequence[PackedLinear] = (),
     lora_slots: Selection | None = None,
     slot_rank: int | None = None,
     adapter_bank: int | None = None,
@@ -51,6 +55,7 @@ def finish_graph(
         opset: what was asked for.
         path: where the graph goes, beside the file.
         fusion: how far operators are put together, one of :data:`~peft_deploy.config.export.FUSE_LEVELS`.
+        packed: linear layers that the file holds as one matrix.
         lora_slots: which linear layers get slots for LoRA, if any are to have them.
         slot_rank: rank of those slots; None leaves it open.
         adapter_bank: how many adapters these slots are to hold at once, each row of a batch naming its own; None
@@ -62,7 +67,8 @@ def finish_graph(
     Returns:
         What the manifest says of it: ``operators``, how often each appears, ``removed``, how many nodes each
         pass took away, ``fused``, how often each fusion found its pattern, and what stayed plain
-        (see :class:`~peft_deploy.convert.fusions.report.FusionReport`), and where there are any, ``lora_slots``
+        (see :class:`~peft_deploy.convert.fusions.report.FusionReport`), and where there are any, ``packed``, the
+        layers in each packed one, ``lora_slots``
         (see :class:`~peft_deploy.convert.lora_slots.LoraSlots`), ``adapter_bank``, its ``capacity``, and
         ``prefix_slots``, their names.
 
@@ -73,16 +79,21 @@ def finish_graph(
     names = source.family.names(source.config)
     removed = run_pipeline(converted, signature, names)
     signature = signature.with_cache_in(precision.dtype)
+    PackLinearsPass(packed, converted)(converted.model)
     add_tables(converted.constants, file)
-    bind_weights(converted, file, lambda parameter: _initializer(names, parameter))
+    own = graph_parameters(packed, names)
+    bind_weights(converted, file, lambda name: own.get(name) or _initializer(names, name))
     fused, opset = _fuse(converted, fusion, opset)
     facts: dict[str, Any] = {"removed": removed, **fused}
+    modules = graph_modules(packed, names)
+    if modules:
+        facts["packed"] = modules
     slots: list[str] = []
     if lora_slots is not None:
         adding = (
-            AddLoraSlotsPass(lora_slots, file, slot_rank)
+            AddLoraSlotsPass(lora_slots, file, slot_rank, modules)
             if adapter_bank is None
-            else AddAdapterBankPass(lora_slots)
+            else AddAdapterBankPass(lora_slots, modules)
         )
         adding(converted.model)
         assert adding.added is not None  # the pass has run

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from peft_deploy.bundle.manifest import ENCODER, EncoderGraph
 from peft_deploy.config.export import ExportOptions
 from peft_deploy.config.precision import Precision
 from peft_deploy.errors import ConfigError
-from peft_deploy.families import EncoderDecoderFamily, Family
+from peft_deploy.families import EncoderDecoderFamily, Family, PackedLinear, find_packed
 from peft_deploy.signature import GraphSignature
-from peft_deploy.weights import SubsetTensors, TensorSource
+from peft_deploy.weights import PackedTensors, SubsetTensors, TensorSource
 from peft_deploy.workflows.sources import EXPORT_DTYPE, ExportSource
 
 
@@ -24,11 +24,13 @@ class GraphPart:
         folder: of the graph and its weights, relative to the bundle's; empty for the bundle's own.
         signature: its inputs and outputs as it is traced, in float32.
         tensors: the weights that it computes with; what both graphs need is in both files.
+        packed: linear layers that are one matrix in ``tensors``.
     """
 
     folder: str
     signature: GraphSignature
     tensors: TensorSource
+    packed: tuple[PackedLinear, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -36,13 +38,28 @@ class GraphPart:
         return sum(self.tensors.info(name).nbytes for name in self.tensors.names())
 
 
-def graph_parts(source: ExportSource, tensors: TensorSource) -> list[GraphPart]:
+def graph_parts(
+    source: ExportSource, tensors: TensorSource, *, pack: bool = False
+) -> list[GraphPart]:
     """The graphs of a model, the one that writes tokens or answers first.
 
     Args:
         source: the model.
         tensors: all weights of the bundle.
+        pack: make linear layers that read the same input one matrix.
     """
+    parts = _parts(source, tensors)
+    return [_packed(part, source) for part in parts] if pack else parts
+
+
+def _packed(part: GraphPart, source: ExportSource) -> GraphPart:
+    """Packs by names alone: the weights are written before the graph is known."""
+    found = find_packed(source.family.pack_rules(source.config), part.tensors.names())
+    tensors = {name: parts for group in found for name, parts in group.tensors.items()}
+    return replace(part, tensors=PackedTensors(part.tensors, tensors), packed=tuple(found))
+
+
+def _parts(source: ExportSource, tensors: TensorSource) -> list[GraphPart]:
     family, config = source.family, source.config
     signature = family.signature(config, EXPORT_DTYPE)
     if not isinstance(family, EncoderDecoderFamily):

@@ -63,6 +63,7 @@ NEED_ONNX_IR = (
     "peft_deploy.convert.graph",
     "peft_deploy.convert.opset",
     "peft_deploy.convert.lora_slots",
+    "peft_deploy.convert.pack_linears",
     "peft_deploy.convert.passes",
     "peft_deploy.convert.postflight",
     "peft_deploy.convert.prefix_slots",
