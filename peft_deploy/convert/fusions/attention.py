@@ -97,12 +97,13 @@ class _GroupedAttention(_Form):
         scale: Any,
         groups: Any,
         joined: Any,
-        axis: Any,
+        key_axis: Any,
+        value_axis: Any,
     ) -> Any:
         """See there."""
         grouped = op.Reshape(q, groups)  # [B, K, G, S, D]
-        keys = op.Transpose(op.Unsqueeze(k, axis), perm=[0, 1, 2, 4, 3])
-        weighted = self.weighted(op, grouped, keys, op.Unsqueeze(v, axis), bias, scale)
+        keys = op.Transpose(op.Unsqueeze(k, key_axis), perm=[0, 1, 2, 4, 3])
+        weighted = self.weighted(op, grouped, keys, op.Unsqueeze(v, value_axis), bias, scale)
         return op.Reshape(weighted, joined)
 
     def mask(self, **found: ir.Value) -> ir.Value | str:
@@ -111,7 +112,8 @@ class _GroupedAttention(_Form):
         if groups is None or len(groups) != 5 or groups[0] != 0 or groups[3] != -1:
             return "the heads of the queries are not put into groups"
         _, K, G, _, D = groups
-        if joined != (0, K * G, -1, D) or constant_ints(found["axis"]) != (2,):
+        axes = [constant_ints(found[name]) for name in ("key_axis", "value_axis")]
+        if joined != (0, K * G, -1, D) or axes != [(2,), (2,)]:
             return "the groups of heads are not put together again"
         if any(size(found[name], _HEADS) != K for name in "kv"):
             return "there is not one head of keys and values a group"
