@@ -1,8 +1,8 @@
 """Measures what the project promises about speed and memory, on SmolLM2-135M.
 
 Prints wall time and peak memory of ``export --merge --no-validate``, the time of ``--help`` and
-that of a training step: medians of several runs. Memory is the resident size of the whole process
-tree, sampled every 50 ms; pages that its processes share are counted once for each of them.
+that of a training step: medians of several runs. Memory is that of the whole process
+tree (measured_process.py).
 """
 
 from __future__ import annotations
@@ -12,82 +12,21 @@ import importlib.util
 import itertools
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
+from measured_process import Measured, run_measured
 from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "models" / "smollm2-135m"
 DATA = ROOT / "tools" / "demo_data" / "train.jsonl"
-SAMPLING_SECONDS = 0.05
 TRAIN_STEPS = 7  # the first one, which builds Paddle's kernels, is not counted
 MIB = 1024 * 1024
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One run of a command.
-
-    Args:
-        seconds: wall time.
-        tree_peak: greatest memory of all its processes at one time, in bytes.
-        largest: greatest resident size that a single one of them reached, in bytes.
-    """
-
-    seconds: float
-    tree_peak: int
-    largest: int
-
-
-def run_measured(command: list[str]) -> Measured:
-    """Runs a command to its end.
-
-    Raises:
-        subprocess.CalledProcessError: it failed.
-    """
-    start = time.perf_counter()
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    tree_peak, largest = 0, 0
-    while process.poll() is None:
-        tree = _process_tree(process.pid)
-        tree_peak = max(tree_peak, sum(_status(pid, "VmRSS") for pid in tree))
-        largest = max([largest, *(_status(pid, "VmHWM") for pid in tree)])
-        time.sleep(SAMPLING_SECONDS)
-    seconds = time.perf_counter() - start
-    output = process.stdout.read() if process.stdout else b""
-    if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, command, output)
-    return Measured(seconds, tree_peak, largest)
-
-
-def _process_tree(root: int) -> list[int]:
-    tree = [root]
-    for pid in tree:
-        for children in Path(f"/proc/{pid}/task").glob("*/children"):
-            tree += map(int, _text(children).split())
-    return tree
-
-
-def _status(pid: int, key: str) -> int:
-    for line in _text(Path(f"/proc/{pid}/status")).splitlines():
-        if line.startswith(f"{key}:"):
-            return int(line.split()[1]) * 1024
-    return 0
-
-
-def _text(path: Path) -> str:
-    """A file's contents; nothing for that of a process which is gone."""
-    try:
-        return path.read_text()
-    except OSError:
-        return ""
 
 
 class StepTimes:
@@ -133,8 +72,8 @@ def main() -> int:
         bundle = [f"{scratch}/bundle", "--force"]
         export = ["export", "--base", str(MODEL), "--adapter", str(adapter), "--merge"]
         command = [*tool, *export, "--no-validate", "--output", *bundle]
-        exports = [run_measured(command) for _ in range(arguments.runs)]
-        helps = [run_measured([*tool, "--help"]).seconds for _ in range(arguments.runs)]
+        exports = [run_measured(command, cwd=ROOT) for _ in range(arguments.runs)]
+        helps = [run_measured([*tool, "--help"], cwd=ROOT).seconds for _ in range(arguments.runs)]
     show(exports, helps, steps)
     return 0
 

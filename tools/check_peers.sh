@@ -8,25 +8,16 @@
 # the same tokens as the bundle behind that prefix. BASE is a Hugging Face folder of a Llama-type
 # model with a tokenizer.json; a tiny model is made when it is left out.
 #
-# The libraries go into tools/.venv-peers, through pip as the user has configured it. PyPI's torch
-# for Linux on x86-64 brings CUDA; a CPU build is enough, so give pip the index that has it
-# (PIP_EXTRA_INDEX_URL), or name another torch: PEERS_TORCH=torch==2.13.0+cpu.
+# The libraries go into tools/.venv-peers; _peers.sh says which, and how to choose the torch.
 
 set -euo pipefail
 TOOLS=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=tools/_venv.sh
 source "$TOOLS/_venv.sh"
 ensure_venv
-
-PEERS=$TOOLS/.venv-peers
-PACKAGES=("${PEERS_TORCH:-torch==2.13.0}" transformers==4.57.6 peft==0.21.2 optimum==2.1.0
-    optimum-onnx==0.1.0 onnx==1.23.2 onnxruntime==1.32.0)
-if [ "$(cat "$PEERS/.packages" 2>/dev/null || true)" != "${PACKAGES[*]}" ]; then
-    echo "Installing ${PACKAGES[*]} into tools/.venv-peers …" >&2
-    "$VENV/bin/python" -m venv --clear "$PEERS"
-    "$PEERS/bin/python" -m pip install --quiet --disable-pip-version-check "${PACKAGES[@]}"
-    echo "${PACKAGES[*]}" >"$PEERS/.packages"
-fi
+# shellcheck source=tools/_peers.sh
+source "$TOOLS/_peers.sh"
+ensure_peers
 
 WORK=$(mktemp -d)
 trap 'rm -rf "$WORK"' EXIT
