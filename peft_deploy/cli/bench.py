@@ -49,7 +49,7 @@ def bench_command(
     """Measure prefill and decoding of one bundle or several, in one interleaved run.
 
     A bundle with adapters is measured without and with each of them. The ratios are to the first line: above
-    1 is faster.
+    1 is faster. Memory is the most that a process with nothing but this bundle had.
     """
     from rich.console import Console
 
@@ -82,13 +82,12 @@ def _sizes(report: BenchReport) -> Table:
 
     table = Table(box=None, pad_edge=False)
     table.add_column("bundle", overflow="fold")
-    for title in ("loading", "memory", "on disk"):
+    for title in ("loading", "on disk"):
         table.add_column(title, justify="right", no_wrap=True)
     for lane in report.lanes:
         table.add_row(
             lane.name,
             f"{lane.load_seconds:.2f} s",
-            "unknown" if lane.memory is None else f"{lane.memory / 1e6:,.0f} MB",
             f"{lane.disk / 1e6:,.0f} MB",
         )
     return table
@@ -99,7 +98,16 @@ def _speeds(report: BenchReport) -> Table:
 
     table = Table(box=None, pad_edge=False)
     table.add_column("bundle", overflow="fold")
-    for title in ("batch", "prompt", "first token", "prefill", "ratio", "decode", "ratio"):
+    for title in (
+        "batch",
+        "prompt",
+        "first token",
+        "prefill",
+        "ratio",
+        "decode",
+        "ratio",
+        "memory",
+    ):
         table.add_column(title, justify="right", no_wrap=True)
     for speed in report.speeds:
         table.add_row(speed.lane, *_cells(speed))
@@ -115,4 +123,5 @@ def _cells(speed: Speed) -> tuple[str, ...]:
         f"{speed.prefill_ratio:.3f}",
         f"{speed.decode_tokens_per_second:,.1f} tok/s",
         f"{speed.decode_ratio:.3f}",
+        "unknown" if speed.peak_memory is None else f"{speed.peak_memory / 1e6:,.0f} MB",
     )

@@ -38,3 +38,8 @@ class BenchOptions:
             numbers = value if isinstance(value, tuple) else (value,)
             if any(isinstance(n, int) and n < 1 for n in numbers):
                 raise ConfigError(f"{field.name} is {value}; it must be at least 1")
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """What is measured: rows and tokens of a row's prompt, each with each."""
+        return [(batch, length) for batch in self.batches for length in self.prompt_tokens]

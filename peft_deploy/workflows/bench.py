@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,9 @@ import numpy as np
 from peft_deploy.config.bench import BenchOptions
 from peft_deploy.errors import ConfigError
 from peft_deploy.progress import Progress, Silent
-from peft_deploy.runtime import CachingRunner, caching, initial_cache
-from peft_deploy.runtime.runner import Array
-from peft_deploy.signature import ATTENTION_MASK, INPUT_IDS, POSITION_IDS
+from peft_deploy.workflows.bench_generation import RandomGeneration
 from peft_deploy.workflows.bench_lanes import Lane, open_lanes
+from peft_deploy.workflows.bench_memory import peak_memory
 
 BASELINE = 0  # the lane that the others are compared with
 
@@ -34,6 +33,7 @@ class Speed:
         decode_seconds: of one step, all rows.
         prefill_ratio: this lane's prefill speed against the first lane's: the median of the rounds' ratios.
         decode_ratio: likewise for decoding.
+        peak_memory: the most memory of a process that does only this, in bytes; None where the system does not say.
     """
 
     lane: str
@@ -43,6 +43,7 @@ class Speed:
     decode_seconds: float
     prefill_ratio: float
     decode_ratio: float
+    peak_memory: int | None = None
 
     @property
     def prefill_tokens_per_second(self) -> float:
@@ -83,7 +84,6 @@ class BenchReport:
             {
                 "name": lane.name,
                 "load_seconds": round(lane.load_seconds, 3),
-                "memory_bytes": lane.memory,
                 "disk_bytes": lane.disk,
             }
             for lane in self.lanes
@@ -117,11 +117,26 @@ def bench(
         raise ConfigError("there is no bundle to measure")
     progress.phase("Opening the bundles", len(bundles), "bundles")
     lanes = tuple(open_lanes([Path(b).expanduser() for b in bundles], options, progress))
-    sizes = [(batch, n) for batch in options.batches for n in options.prompt_tokens]
     rounds = options.rounds + 1  # the first one, which allocates, is not counted
-    progress.phase("Measuring", len(sizes) * rounds * len(lanes), "runs")
-    speeds = [s for size in sizes for s in _measure(lanes, size, options, progress)]
-    return BenchReport(lanes, tuple(speeds), options)
+    progress.phase("Measuring", len(options.sizes) * rounds * len(lanes), "runs")
+    speeds = [s for size in options.sizes for s in _measure(lanes, size, options, progress)]
+    return BenchReport(lanes, tuple(_with_memory(speeds, lanes, options, progress)), options)
+
+
+def _with_memory(
+    speeds: Sequence[Speed], lanes: Sequence[Lane], options: BenchOptions, progress: Progress
+) -> Iterator[Speed]:
+    progress.phase("Measuring memory", len(lanes), "bundles")
+    peaks: dict[tuple[str, int, int], int] = {}
+    for lane in lanes:
+        for (batch, length), peak in zip(
+            options.sizes, peak_memory(lane, options) or (), strict=False
+        ):
+            peaks[lane.name, batch, length] = peak
+        progress.advance(1, lane.name)
+    for speed in speeds:
+        peak = peaks.get((speed.lane, speed.batch, speed.prompt_tokens))
+        yield replace(speed, peak_memory=peak)
 
 
 def _measure(
@@ -132,7 +147,7 @@ def _measure(
     decode = np.empty_like(prefill)
     for turn in range(options.rounds + 1):
         for column, lane in enumerate(lanes):
-            run = _Run(lane.runner, batch, length)
+            run = RandomGeneration(lane.runner, batch, length)
             prefill[turn, column] = _seconds(run.prefill)
             steps = [_seconds(run.decode) for _ in range(options.new_tokens)]
             decode[turn, column] = statistics.median(steps)
@@ -154,40 +169,3 @@ def _seconds(call: Callable[[], None]) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
-
-
-class _Run:
-    """One generation with random tokens: what is fed does not matter to the speed, how much does."""
-
-    def __init__(self, runner: Any, batch: int, length: int) -> None:
-        self._runner: CachingRunner = caching(runner)
-        signature = self._runner.signature
-        self._names = set(signature.input_names)
-        self._batch, self._length, self._total = batch, length, 0
-        self._rng = np.random.default_rng(0)
-        self._cache = self._runner.load_cache(initial_cache(signature, batch))
-
-    def prefill(self) -> None:
-        """Reads the prompt."""
-        self._step(self._length)
-
-    def decode(self) -> None:
-        """One new token a row."""
-        self._step(1)
-
-    def _step(self, new: int) -> None:
-        first, self._total = self._total, self._total + new
-        places = np.arange(first, self._total, dtype=np.int64)
-        feeds: dict[str, Array] = {
-            INPUT_IDS: self._rng.integers(0, self._vocab, (self._batch, new), dtype=np.int64),
-            ATTENTION_MASK: np.ones((self._batch, self._total), np.int64),
-            POSITION_IDS: np.tile(places, (self._batch, 1)),
-        }
-        feeds = {name: array for name, array in feeds.items() if name in self._names}
-        _, self._cache = self._runner.step(feeds, self._cache)
-
-    @property
-    def _vocab(self) -> int:
-        size = self._runner.signature.outputs[0].dims[-1]
-        assert isinstance(size, int)
-        return size

@@ -25,16 +25,18 @@ class Lane:
 
     Args:
         name: the bundle's folder name, with ``+ ADAPTER`` when one is active.
+        folder: the bundle.
+        adapter: the one that is active.
         runner: computes the steps.
         load_seconds: opening the bundle.
-        memory: by how much opening it made the process grow, in bytes; None where the system does not say.
         disk: size of the bundle's files, in bytes.
     """
 
     name: str
+    folder: Path
+    adapter: str | None
     runner: Runner | CachingRunner
     load_seconds: float
-    memory: int | None
     disk: int
 
 
@@ -80,7 +82,7 @@ def _check_room(folder: Path, manifest: Manifest, options: BenchOptions) -> None
 def _open(
     folder: Path, name: str, manifest: Manifest, adapters: Sequence[str], options: BenchOptions
 ) -> Iterator[Lane]:
-    before, start = _resident(), time.perf_counter()
+    start = time.perf_counter()
     session: Session | None = None
     if manifest.format == PADDLE:
         runner: Runner | CachingRunner = open_runner(
@@ -89,14 +91,14 @@ def _open(
     else:
         session = Session(folder, provider=options.provider, threads=options.threads)
         runner = session.runner()
-    seconds, after = time.perf_counter() - start, _resident()
-    memory = None if before is None or after is None else after - before
+    seconds = time.perf_counter() - start
     disk = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    yield Lane(name, runner, seconds, memory, disk)
+    yield Lane(name, folder, None, runner, seconds, disk)
     if session is not None:
         for adapter in adapters:
             session.load_adapter(adapter)
-            yield Lane(f"{name} + {adapter}", session.runner(adapter), seconds, memory, disk)
+            active = session.runner(adapter)
+            yield Lane(f"{name} + {adapter}", folder, adapter, active, seconds, disk)
 
 
 def _adapters(manifest: Manifest, options: BenchOptions) -> list[str]:
@@ -108,13 +110,3 @@ def _adapters(manifest: Manifest, options: BenchOptions) -> list[str]:
 def _distinct_names(bundles: Sequence[Path]) -> list[str]:
     names = [folder.resolve().name for folder in bundles]
     return names if len(set(names)) == len(names) else [str(folder) for folder in bundles]
-
-
-def _resident() -> int | None:
-    """The process's resident memory in bytes."""
-    try:
-        lines = Path("/proc/self/status").read_text("ascii").splitlines()
-    except OSError:
-        return None
-    sizes = [line.split()[1] for line in lines if line.startswith("VmRSS:")]
-    return 1024 * int(sizes[0]) if sizes else None

@@ -37,6 +37,7 @@ def test_every_bundle_at_every_size(bundle: Path, twin: Path) -> None:
         tokens = speed.batch * speed.prompt_tokens
         assert math.isclose(speed.prefill_tokens_per_second * speed.prefill_seconds, tokens)
         assert math.isclose(speed.decode_tokens_per_second * speed.decode_seconds, speed.batch)
+        assert speed.peak_memory is not None and speed.peak_memory > 20e6  # of a Python process
         if speed.lane == "bundle":
             assert speed.prefill_ratio == speed.decode_ratio == 1
     assert [lane.disk for lane in report.lanes] == [

@@ -6,6 +6,7 @@ checkpoint. What this version of peft-deploy can do is read from its command lin
 
 from __future__ import annotations
 
+import importlib.metadata
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -62,10 +63,9 @@ class Contender:
 
 def preparations(base: Path, shop: Workshop) -> Iterator[Build]:
     """Adapters, and the checkpoint that has one of them merged in, in this order."""
-    software = _ours()
     for key, rank in RANKS.items():
         command = (sys.executable, "-m", "peers.make_adapter", str(base), OUTPUT, str(rank))
-        yield Build(key, command, (base,), software)
+        yield Build(key, command, (base,), f"spread {ADAPTER_SPREAD}")
     yield _model(base, shop)
 
 
@@ -169,7 +169,9 @@ def _deploy(verb: str) -> tuple[str, ...]:
 def _model(base: Path, shop: Workshop) -> Build:
     adapter = shop.folder("r8")
     command = (*_deploy("merge"), "--base", str(base), "--adapter", str(adapter), "--to", "hf")
-    return Build("model", (*command, "--output", OUTPUT), (base, adapter), _ours())
+    # Not of our sources: everyone else's graph is made of it. Were it wrong, tokens would differ.
+    software = importlib.metadata.version("peft-deploy")
+    return Build("model", (*command, "--output", OUTPUT), (base, adapter), software)
 
 
 def _ours() -> str:
