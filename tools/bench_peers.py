@@ -73,7 +73,8 @@ def _measure(args: argparse.Namespace) -> Run:
             workers.append(Worker(contender, folder, args.threads, most, environment))
         lanes = lanes_of(workers)
         say(f"loading {len(workers)} models")
-        load_all(lanes)
+        gone |= load_all(lanes, prompt)
+        lanes = [lane for lane in lanes if str(lane.worker) not in gone]
         say(f"measuring {len(lanes)} lanes in {args.rounds} rounds")
         measure(lanes, prompt, args.rounds, args.steps)
     finally:

@@ -73,7 +73,7 @@ class Worker:
         Raises:
             WorkerError: it failed, or the process is gone.
         """
-        who = f"{self.contender.name} {self.contender.precision}"
+        who = str(self)
         assert self._process.stdin is not None and self._process.stdout is not None
         try:
             self._process.stdin.write(json.dumps({"do": do, **request}) + "\n")
@@ -87,6 +87,9 @@ class Worker:
         if "error" in answer:
             raise WorkerError(f"{who}: {answer['error']}")
         return answer
+
+    def __str__(self) -> str:
+        return f"{self.contender.name} {self.contender.precision}"
 
     def stop(self) -> None:
         """Ends the process."""
@@ -112,13 +115,30 @@ def lanes_of(workers: Sequence[Worker]) -> list[Lane]:
     ]
 
 
-def load_all(lanes: Sequence[Lane]) -> None:
-    """Loads every contender several times, in turn."""
+def load_all(lanes: Sequence[Lane], prompt: Sequence[int]) -> dict[str, str]:
+    """Loads every contender several times, in turn, and reads a prompt with it.
+
+    Returns:
+        Who failed, and how, of those that are not required.
+
+    Raises:
+        WorkerError: one that is required failed.
+    """
+    gone: dict[str, str] = {}
     for _ in range(LOADS):
         for worker, own in _by_worker(lanes):
-            seconds = worker.ask("load")["seconds"]
-            for lane in own:
-                lane.record.load.append(seconds)
+            if str(worker) in gone:
+                continue
+            try:
+                seconds = worker.ask("load")["seconds"]
+                for lane in own:
+                    worker.ask("start", variant=lane.variant, prompt=list(prompt))
+                    lane.record.load.append(seconds)
+            except WorkerError as exc:
+                if worker.contender.required:
+                    raise
+                gone[str(worker)] = f"does not run here: {exc}"
+    return gone
 
 
 def measure(lanes: Sequence[Lane], prompt: Sequence[int], rounds: int, steps: int) -> None:

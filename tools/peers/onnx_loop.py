@@ -53,7 +53,11 @@ class OnnxLoop:
         self._present = [
             name.replace("past_key_values", "present", 1) for name in self._past
         ]  # every exporter calls them so
-        self._buffer = most if _shares_buffer(folder) else 0
+        config = _genai_config(folder)
+        shared = config.get("search", {}).get("past_present_share_buffer", False)
+        self._buffer = most if shared else 0
+        # onnxruntime-genai's builder leaves this open in the graph.
+        self._head_size = config.get("model", {}).get("decoder", {}).get("head_size")
         self._adapters = {
             name: ort.AdapterFormat.read_adapter(str(path)).get_parameters()
             for name, path in adapters.items()
@@ -106,14 +110,13 @@ class OnnxLoop:
         for name in self._past:
             node = self._inputs[name]
             _, heads, _, size = node.shape
+            size = size if isinstance(size, int) else self._head_size
             shape = (1, heads, self._buffer, size)
             values.append(ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, DTYPES[node.type])))
         return values
 
 
-def _shares_buffer(folder: Path) -> bool:
+def _genai_config(folder: Path) -> dict[str, Any]:
     path = folder / "genai_config.json"
-    if not path.is_file():
-        return False
-    search = json.loads(path.read_text("utf-8"))["search"]
-    return bool(search.get("past_present_share_buffer"))
+    config: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    return config
