@@ -7,7 +7,7 @@ the prefix belongs to and where the positions of a text begin behind it.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -22,7 +22,9 @@ from peft_deploy.signature import (
     past_names,
     prefix_names,
 )
+from peft_deploy.weights.cast import cast_array
 from peft_deploy.weights.merged import adapter_fingerprint
+from peft_deploy.weights.rounding import NARROW
 from peft_deploy.weights.safetensors_file import SafetensorsFile
 from peft_deploy.weights.source import Array
 from peft_deploy.weights.writer import write_safetensors
@@ -69,6 +71,15 @@ class Prefix:
     def fingerprint(self) -> str:
         """The sha256 over the names, types, shapes and values of all tensors."""
         return adapter_fingerprint({}, self.past)
+
+    def in_type(self, dtype: str) -> Prefix:
+        """The same in another element type; itself when it is of that type.
+
+        Raises:
+            CheckpointError: a value is too large for the type.
+        """
+        past = {name: cast_array(array, dtype, name=name) for name, array in self.past.items()}
+        return replace(self, past=past)
 
     def slots(self, *, positions: bool) -> dict[str, Array]:
         """The same under the names of a graph's prefix slots, as an ``.onnx_adapter`` file holds it.
@@ -135,8 +146,12 @@ def read_prefix_file(
             f"the bundle's has {base_fingerprint[:12]}",
             hint="export the prefix together with its own base model",
         )
-    check_prefix(past, signature, str(path), context_length)
-    return _unchanged(path, past, header)
+    whole = _unchanged(path, past, header)
+    narrow = {spec.dtype for spec in signature.past} & NARROW
+    if narrow and all(array.dtype == np.float32 for array in past.values()):
+        whole = whole.in_type(narrow.pop())  # made for a bundle of another precision
+    check_prefix(whole.past, signature, str(path), context_length)
+    return whole
 
 
 def read_prefix_alone(path: Path) -> tuple[str, Prefix]:

@@ -6,8 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from peft_deploy.errors import AdapterError, BundleError, listed
 from peft_deploy.signature import LORA_A, LORA_B
+from peft_deploy.weights import cast_array
+from peft_deploy.weights.rounding import NARROW
 from peft_deploy.weights.source import Array
 
 
@@ -62,6 +66,20 @@ def read_slots(model: Path) -> dict[str, Slot]:
             tuple(d if isinstance(d, int) else str(d.value) for d in dims),
         )
     return slots
+
+
+def in_types_of(slots: Mapping[str, Slot], tensors: Mapping[str, Array]) -> dict[str, Array]:
+    """An adapter's float32 tensors in the 16-bit types of a graph's slots; everything else as it is.
+
+    Raises:
+        CheckpointError: a value is too large for the type.
+    """
+    return {
+        name: cast_array(array, slots[name].dtype, name=name)
+        if array.dtype == np.float32 and name in slots and slots[name].dtype in NARROW
+        else array
+        for name, array in tensors.items()
+    }
 
 
 def check_slots(slots: Mapping[str, Slot], tensors: Mapping[str, Array], bundle: Path) -> None:

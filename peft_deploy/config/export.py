@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peft_deploy.config.matching import match_pattern
-from peft_deploy.config.precision import FP32, PRECISIONS, Precision
+from peft_deploy.config.precision import BFLOAT16, FP32, NO_BFLOAT16, PRECISIONS, Precision
 from peft_deploy.errors import ConfigError
 
 ONNX, PADDLE = "onnx", "paddle"
@@ -207,6 +207,12 @@ class ExportOptions:
                 f"precision {self.precision} was asked for; Paddle's static format is exported in {FP32} only: "
                 "Paddle Inference has no 16-bit kernels for the CPU, and no operator for quantized weights",
                 hint="leave --precision out, or --format paddle",
+            )
+        if self.arithmetic.dtype == BFLOAT16 and self.validate and not self.dry_run:
+            raise ConfigError(
+                f"precision {self.precision} cannot be checked by an export, which runs the bundle on the CPU: "
+                f"{NO_BFLOAT16}",
+                hint="add --no-validate, and check it on a GPU: peft-deploy validate BUNDLE --provider cuda",
             )
 
     def _check_bank(self) -> None:

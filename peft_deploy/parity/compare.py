@@ -131,7 +131,7 @@ def measure(
         mean_abs=float(counted.mean(dtype=np.float64)),
         p99_abs=float("nan") if brief else _percentile(counted, 99),
         scale=scale,
-        cosine=float("nan") if brief else _cosine(want, have),
+        cosine=float("nan") if brief else cosine(want, have),
         index=tuple(int(i) for i in index),
         expected=float(expected[index]),
         actual=float(actual[index]),
@@ -160,7 +160,8 @@ def _percentile(errors: Floats, percent: int) -> float:
     return float(np.partition(errors.ravel(), rank)[rank])
 
 
-def _cosine(want: Floats, have: Floats) -> float:
+def cosine(want: Floats, have: Floats) -> float:
+    """Of two arrays, flattened; NaN when one of them is not finite."""
     a, b = want.ravel().astype(np.float64), have.ravel().astype(np.float64)
     norms = float(np.sqrt((a @ a) * (b @ b)))
     if not np.isfinite(norms):
@@ -185,7 +186,7 @@ def _next_token(want: Floats, have: Floats) -> tuple[float, float, float]:
     common = _common(_best(want), _best(have))
     if not (np.isfinite(want).all() and np.isfinite(have).all()):
         return same, common, float("inf")
-    p, q = _log_softmax(want), _log_softmax(have)
+    p, q = log_softmax(want), log_softmax(have)
     return same, common, max(0.0, float((np.exp(p) * (p - q)).sum(-1).max()))
 
 
@@ -199,6 +200,7 @@ def _common(one: npt.NDArray[np.intp], other: npt.NDArray[np.intp]) -> float:
     return float((one[:, :, None] == other[:, None, :]).any(-1).mean())
 
 
-def _log_softmax(x: Floats) -> npt.NDArray[np.float64]:
+def log_softmax(x: Floats) -> npt.NDArray[np.float64]:
+    """Over the last axis, in float64."""
     shifted = x.astype(np.float64) - x.max(-1, keepdims=True)
     return np.asarray(shifted - np.log(np.exp(shifted).sum(-1, keepdims=True)))

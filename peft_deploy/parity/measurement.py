@@ -13,7 +13,7 @@ from peft_deploy.parity.clock import Clock
 from peft_deploy.parity.compare import Difference, measure
 from peft_deploy.parity.effect import Effect
 from peft_deploy.parity.expectation import Expectation
-from peft_deploy.parity.oracle import Reference
+from peft_deploy.parity.oracle import Reference, RoundableReference
 from peft_deploy.parity.play import (
     Results,
     counted,
@@ -23,11 +23,13 @@ from peft_deploy.parity.play import (
     run_case,
     token_axis,
 )
+from peft_deploy.parity.range import check_range
 from peft_deploy.parity.tolerance import Limit, derive_limit, is_sane
 from peft_deploy.progress import Progress
 from peft_deploy.signature import LOGITS, GraphSignature
 
 Differences = dict[str, Difference]
+EXACT_ENOUGH = "float32"  # what Paddle itself computes in
 
 
 def measure_reference(
@@ -38,7 +40,7 @@ def measure_reference(
     Args:
         reference: the model with its adapter active.
         matrix: texts and cases.
-        dtype: of the bundle's outputs.
+        dtype: that the bundle computes in.
         progress: gets a phase.
 
     Raises:
@@ -48,7 +50,7 @@ def measure_reference(
     progress.phase("Running the reference", len(matrix.texts) + len(matrix.cases), "cases")
     with clock.time("reference"):
         truth = _read_texts(reference, matrix.texts, progress)
-        noise, warnings = _measure_noise(reference, matrix.cases, truth.known, progress)
+        noise, warnings = _measure_noise(reference, matrix.cases, truth.known, dtype, progress)
         limits = _derive_limits(noise, exact=truth.exact, dtype=dtype)
     effect = None if truth.effect is None else Effect(truth.effect, limits)
     if effect is not None and effect.is_blind:
@@ -146,14 +148,16 @@ def _measure_noise(
     reference: Reference,
     cases: Sequence[Case],
     known: Mapping[Text, Results],
+    dtype: str,
     progress: Progress,
 ) -> tuple[list[Differences], list[str]]:
     """The reference's own differences on every case where it agrees with itself, and what to say
     of the rest.
     """
-    noise, warnings = [], []
+    noise, warnings = [], list[str]()
+    peaks: dict[str, float] = {}
+    signature = reference.signature
     for case in cases:
-        signature = reference.signature
         cache = given_cache(case, known, signature) if case.given else {}
         results = run_case(reference, case, cache)
         differences = compare_case(case, results, known, signature, brief=True)
@@ -165,15 +169,20 @@ def _measure_noise(
                 f"{differences[worst].max_abs:.3g} from the same tokens read alone and unpadded; "
                 "the bundle is held to the latter"
             )
-        else:
+        elif dtype == EXACT_ENOUGH:
             noise.append(differences)
+        else:
+            if not isinstance(reference, RoundableReference):
+                raise ParityError(f"this model has no reference for a bundle in {dtype}")
+            results = run_case(reference.rounded(dtype, peaks), case, cache)
+            noise.append(compare_case(case, results, known, signature, brief=True))
         progress.advance(1, case.name)
     if not noise:
         raise ParityError(
             "the reference model agrees with itself on no case, so its numbers measure nothing",
             hint="look at the base model: its outputs change with padding and with the cache",
         )
-    return noise, warnings
+    return noise, [*warnings, *check_range(peaks, dtype)]
 
 
 def _derive_limits(noise: Sequence[Differences], *, exact: bool, dtype: str) -> dict[str, Limit]:

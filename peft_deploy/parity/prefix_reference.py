@@ -11,7 +11,7 @@ from peft_deploy.environment import require_paddle
 require_paddle("the reference side of a parity check")
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,9 +22,9 @@ from peft_deploy.bundle.prefixes import Prefix
 from peft_deploy.errors import ParityError
 from peft_deploy.families import Family
 from peft_deploy.parity.prefixed import PrefixedRunner
-from peft_deploy.parity.reference import PaddleReference, undisturbed
+from peft_deploy.parity.reference import PaddleReference, RoundedReference, undisturbed
 from peft_deploy.runtime import initial_cache
-from peft_deploy.runtime.runner import Array
+from peft_deploy.runtime.runner import Array, Runner
 from peft_deploy.signature import ATTENTION_MASK, INPUT_IDS, LOGITS, POSITION_IDS, past_names
 
 _PROBE = 5  # tokens on which the two ways to run the model are compared
@@ -58,7 +58,8 @@ class PrefixReference(PaddleReference):
             rows = [tensor.numpy() for pair in model.prefix_past() for tensor in pair]
         past = dict(zip(past_names(len(rows) // 2), rows, strict=True))
         base = PaddleReference(model.model, family, config, dtype)
-        self._behind = PrefixedRunner(base, Prefix("reference", past, position_offset))
+        self._prefix = Prefix("reference", past, position_offset)
+        self._behind = PrefixedRunner(base, self._prefix)
 
     def run(
         self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None
@@ -75,6 +76,12 @@ class PrefixReference(PaddleReference):
         return PrefixReference(
             twin, self.family, self.config, "float64", position_offset=self._offset
         )
+
+    def rounded(self, dtype: str, peaks: MutableMapping[str, float]) -> Runner:
+        """See :meth:`PaddleReference.rounded`; the prefix is part of the cache, which is rounded, too."""
+        base = PaddleReference(self.model, self.family, self.config, self.dtype)
+        rounded = RoundedReference(base, self.model, dtype, peaks)
+        return PrefixedRunner(rounded, self._prefix)
 
     def without_adapters(self) -> PaddleReference:
         """The same model without the prefix."""

@@ -11,7 +11,7 @@ require_paddle("the reference side of a parity check")
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,13 @@ from paddle import nn
 
 from peft_deploy.adapters.lora import LoRAModel
 from peft_deploy.families import EncoderDecoderFamily, Family
+from peft_deploy.parity.rounding import rounded_modules
 from peft_deploy.runtime import check_feeds
-from peft_deploy.runtime.runner import Array
+from peft_deploy.runtime.runner import Array, Runner
 from peft_deploy.signature import GraphSignature
 from peft_deploy.trace.layer import evaluating
+from peft_deploy.weights.cast import round_to
+from peft_deploy.weights.source import DTYPES
 
 # A float64 copy larger than this is not made: its arithmetic alone would take minutes.
 MAX_EXACT_BYTES = 4 * 2**30
@@ -110,6 +113,58 @@ class PaddleReference:
         return _WithoutAdapter(
             self.model, self.family, self.config, self.dtype, encoder=self.encoder
         )
+
+    def rounded(self, dtype: str, peaks: MutableMapping[str, float]) -> Runner:
+        """The same model with what every module gives rounded to a 16-bit type.
+
+        Args:
+            dtype: ``float16`` or ``bfloat16``.
+            peaks: module → the largest magnitude so far; grows with every run.
+        """
+        return RoundedReference(self, self.model, dtype, peaks)
+
+
+class RoundedReference:
+    """See :meth:`PaddleReference.rounded`.
+
+    Args:
+        reference: is run.
+        model: whose modules' results are rounded.
+        dtype: to what.
+        peaks: grows with every run.
+    """
+
+    def __init__(
+        self,
+        reference: PaddleReference,
+        model: nn.Layer,
+        dtype: str,
+        peaks: MutableMapping[str, float],
+    ) -> None:
+        self._reference = reference
+        self._model = model
+        self._dtype = dtype
+        self._peaks = peaks
+
+    @property
+    def signature(self) -> GraphSignature:
+        """The reference's: numbers are rounded, and kept in its type."""
+        return self._reference.signature
+
+    def run(
+        self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None
+    ) -> dict[str, Array]:
+        """The reference's outputs, computed from rounded inputs by rounding modules."""
+        rounded = {name: _there_and_back(array, self._dtype) for name, array in feeds.items()}
+        with rounded_modules(self._model, self._dtype, self._peaks):
+            results = self._reference.run(rounded, outputs)
+        return {name: _there_and_back(array, self._dtype) for name, array in results.items()}
+
+
+def _there_and_back(array: Array, dtype: str) -> Array:
+    if array.dtype not in (np.float32, np.float64):
+        return array
+    return round_to(array, DTYPES[dtype]).astype(array.dtype)
 
 
 class _WithoutAdapter(PaddleReference):

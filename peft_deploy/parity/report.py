@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from peft_deploy.parity.bisect import Finding
+    from peft_deploy.parity.loss import Loss
 
 FORMAT_VERSION = 1
 
@@ -36,6 +37,7 @@ class ParityReport:
         provider: what ran the bundle.
         parts: the same graph with something else active (``"prefix poet"``) → the report of that.
         finding: where the bundle goes wrong, if that was looked for and found.
+        loss: what a lower precision costs; None in fp32.
     """
 
     cases: tuple[CaseResult, ...]
@@ -50,6 +52,7 @@ class ParityReport:
     provider: str = ""
     parts: Mapping[str, ParityReport] = field(default_factory=dict)
     finding: Finding | None = None
+    loss: Loss | None = None
 
     @property
     def passed(self) -> bool:
@@ -103,6 +106,8 @@ class ParityReport:
             data["generation"] = self.generation.to_dict()
         if self.finding is not None:
             data["finding"] = self.finding.to_dict()
+        if self.loss is not None:
+            data["loss"] = self.loss.to_dict()
         if self.parts:
             data["parts"] = {name: part.to_dict(full) for name, part in self.parts.items()}
         if self.effect is not None:

@@ -27,7 +27,7 @@ from peft_deploy.weights.source import DTYPES
 # Of a tensor's largest magnitude. Another processor adds up A · B in another order (and decomposes a matrix in
 # another way, for PiSSA), so that a merged weight may differ in its last bits.
 SAME_SUM = 1e-5
-# Of the numbers of a quantized tensor: a sum that lies between two steps may be rounded to either.
+# Of the numbers of a tensor in 8 or 16 bits: a sum that lies between two steps may be rounded to either.
 SAME_STEPS = 1e-3
 _HASH_BLOCK = 1 << 20
 _STEP = {"float16": 2.0**-10, "bfloat16": 2.0**-7}  # between neighbours, of the larger one
@@ -165,7 +165,8 @@ def _is_same_sum(wanted: Array, off: float, changed: int) -> bool:
     """
     if np.issubdtype(wanted.dtype, np.integer):
         return changed <= SAME_STEPS * wanted.size
-    return off <= SAME_SUM + _STEP.get(wanted.dtype.name, 0.0)
+    step = _STEP.get(wanted.dtype.name, 0.0)
+    return off <= SAME_SUM + step and (not step or changed <= SAME_STEPS * wanted.size)
 
 
 def _unequal(have: Array, want: Array) -> npt.NDArray[np.intp]:

@@ -27,6 +27,8 @@ def render(report: ParityReport) -> RenderableType:
     parts += [Text(f"Warning: {warning}", style="yellow") for warning in report.warnings]
     if report.finding is not None:
         parts.append(Text(str(report.finding)))
+    if report.loss is not None:
+        parts.append(Text(report.loss.sentence()))
     parts += [_part(name, part) for name, part in report.parts.items()]
     parts.append(
         Text(closing_sentence(report), style="bold green" if report.passed else "bold red")

@@ -31,13 +31,17 @@ so this underestimates the noise, and the floor is higher: 1e-4 of the scale.
 A reference that is far from itself on some case is at fault there (its family treats padding or
 the cache in its own way). Such a case is named in the report and has no part in the limits.
 
-For another precision the same rule holds with the reference run in that precision:
-:data:`ROUNDOFF` gives the floor.
+For 16 bits the same rule holds, with the reference's own error measured as those 16 bits would have
+it: what every module gives is rounded, and so are the cache and the logits. Weights are no matter
+here, because the reference computes with the very numbers that the bundle holds. Operators inside
+of a module round as well, and a module has about eight of them, whose errors add up like sqrt(8);
+:data:`K_16` is above that. There is no float64 floor to speak of: the noise never is below the
+rounding of the output itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,10 +51,12 @@ from peft_deploy.parity.compare import Difference
 ROUNDOFF = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 
 K = 8.0
+K_16 = 4.0  # for 16 bits
 FLOOR_ROUNDINGS = 16  # of the largest error, in units of the roundoff
 MEAN_FLOOR_ROUNDINGS = 2  # of the mean error
 FLOOR_WITHOUT_EXACT = 1e-4
 MEAN_FLOOR_WITHOUT_EXACT = 1e-5
+MEAN_OF_ROUNDING = 16  # values are mostly far below the largest, and so is what rounding takes
 SANE_ROUNDINGS = 2**14  # beyond this (1e-3 in float32) the reference is not noisy but inconsistent
 
 
@@ -88,6 +94,8 @@ def derive_limit(noise: Iterable[Difference], *, exact: bool, dtype: str = "floa
         exact: whether they were measured against float64.
         dtype: of the exported model.
     """
+    if dtype != "float32":
+        return _derive_16(list(noise), ROUNDOFF[dtype])
     roundoff = ROUNDOFF[dtype]
     measured = list(noise)
     largest = max((d.relative_max for d in measured), default=0.0)
@@ -96,6 +104,14 @@ def derive_limit(noise: Iterable[Difference], *, exact: bool, dtype: str = "floa
     floor = FLOOR_ROUNDINGS * roundoff if exact else FLOOR_WITHOUT_EXACT * rounding
     mean_floor = MEAN_FLOOR_ROUNDINGS * roundoff if exact else MEAN_FLOOR_WITHOUT_EXACT * rounding
     return Limit(max(floor, K * largest), max(mean_floor, K * mean), largest, mean)
+
+
+def _derive_16(noise: Sequence[Difference], roundoff: float) -> Limit:
+    """The floors are the rounding of the output itself: at most, and on average."""
+    largest = max((d.relative_max for d in noise), default=0.0)
+    mean = max((d.relative_mean for d in noise), default=0.0)
+    floor, mean_floor = K_16 * roundoff, K_16 * roundoff / MEAN_OF_ROUNDING
+    return Limit(max(floor, K_16 * largest), max(mean_floor, K_16 * mean), largest, mean)
 
 
 def is_sane(difference: Difference, dtype: str = "float32") -> bool:

@@ -15,7 +15,7 @@ import numpy as np
 from peft_deploy.adapters.formats.onnx_adapter import refuse_bank
 from peft_deploy.adapters.formats.onnx_file import UNKNOWN_BASE, model_version, read_onnx_file
 from peft_deploy.bundle.prefixes import check_prefix_tensors
-from peft_deploy.bundle.slots import Slot, check_slots
+from peft_deploy.bundle.slots import Slot, check_slots, in_types_of
 from peft_deploy.errors import AdapterError, ConfigError
 from peft_deploy.runtime._ort_values import to_ort
 from peft_deploy.runtime.runner import Array
@@ -126,6 +126,7 @@ def read_for_slots(
             f"{file.model_version:#x}, that of {bundle} is {expected:#x}",
             hint="convert it for this bundle's base: peft-deploy adapter convert … --to onnx --for BUNDLE",
         )
-    check_slots(slots, file.tensors, bundle)
-    check_prefix_tensors(file.tensors, slots, str(path), context_length)
-    return LoadedAdapter(name, path, file.tensors, device)
+    tensors = in_types_of(slots, file.tensors)
+    check_slots(slots, tensors, bundle)
+    check_prefix_tensors(tensors, slots, str(path), context_length)
+    return LoadedAdapter(name, path, tensors, device)

@@ -11,6 +11,7 @@ import numpy as np
 
 from peft_deploy.bundle.manifest import MANIFEST, MODEL, Manifest
 from peft_deploy.bundle.slots import Slot
+from peft_deploy.config.precision import BFLOAT16, NO_BFLOAT16, precision_dtype
 from peft_deploy.environment import debugging, require_onnxruntime
 from peft_deploy.errors import BundleError, ExecutionError, listed
 from peft_deploy.runtime._ort_values import numpy_name, to_numpy, to_ort
@@ -74,14 +75,17 @@ class OnnxRunner:
     ) -> None:
         path = Path(model)
         self._positions: int | None = None
+        dtype = None
         if path.is_dir():
             if (path / MANIFEST).is_file():
                 manifest = Manifest.read(path)
                 signature = signature or manifest.signature
                 self._positions = manifest.context_length
+                dtype = precision_dtype(manifest.precision)
             path = path / MODEL
         if not path.is_file():
             raise BundleError(f"there is no model at {path}")
+        _require_kernels(path, signature, dtype, provider)
         self.path = path
         self.provider = provider
         self._session = _open(path, provider, threads)
@@ -246,6 +250,18 @@ def _open(path: Path, provider: str, threads: int | None) -> ort.InferenceSessio
         raise ExecutionError(f"onnxruntime cannot load {path}: {_reason(exc)}") from exc
     _require_provider(wanted, session.get_providers(), started=True)
     return session
+
+
+def _require_kernels(
+    path: Path, signature: GraphSignature | None, dtype: str | None, provider: str
+) -> None:
+    """Passes unless the graph computes in bfloat16 and is to run on the CPU; onnxruntime names some node only."""
+    used = {spec.dtype for spec in signature.inputs} if signature is not None else set()
+    if provider == "cpu" and BFLOAT16 in {*used, dtype}:
+        raise ExecutionError(
+            f"{path} computes in bfloat16, which cannot run on the CPU: {NO_BFLOAT16}",
+            hint="use --provider cuda, or export it with --precision fp16 or fp32",
+        )
 
 
 def _require_provider(wanted: str, present: Sequence[str], *, started: bool = False) -> None:

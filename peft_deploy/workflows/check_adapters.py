@@ -19,6 +19,7 @@ from peft_deploy.runtime import Session
 from peft_deploy.runtime.runner import Array
 from peft_deploy.signature import ATTENTION_MASK, INPUT_IDS, POSITION_IDS
 from peft_deploy.workflows.check_extras import CheckExtras
+from peft_deploy.workflows.rounded_reference import load_stored
 from peft_deploy.workflows.sources import ExportSource
 
 PART = "adapter {}"  # of a report
@@ -65,7 +66,7 @@ def check_adapters(
     for named in source.kept:
         progress.phase(f"Preparing the check of {named.name}")
         session.load_adapter(named.name)
-        model = source.load_adapted(progress, named)
+        model = load_stored(source, session.manifest.precision, progress, named)
         parts[PART.format(named.name)] = check_bundle(
             folder,
             model,

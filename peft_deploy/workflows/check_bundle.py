@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peft_deploy.bundle import Manifest
+from peft_deploy.config.precision import precision_dtype
 from peft_deploy.families import Family
 from peft_deploy.parity.cases import CaseMatrix, build_matrix
 from peft_deploy.parity.encoder_cases import EncoderSizes, build_encoder_matrix
-from peft_deploy.parity.gate import CheckOptions, check_expectation, logits_dtype
+from peft_deploy.parity.gate import CheckOptions, check_expectation
 from peft_deploy.parity.generation import IntArray, Prompt, Scores, score_tokens
 from peft_deploy.parity.measurement import measure_reference
 from peft_deploy.parity.oracle import Reference
@@ -59,10 +61,11 @@ def check_bundle(
     from peft_deploy.parity.reference import PaddleReference
 
     reference = PaddleReference(model, family, config)
+    expected = reference.signature.with_cache_in(arithmetic_of(folder))
     report = check_runner(
         folder,
         reference,
-        runner or open_runner(folder, reference.signature, provider=provider),
+        runner or open_runner(folder, expected, provider=provider),
         family.dims(config).max_positions,
         encoder=None if reference.signature.past else EncoderSizes.of(family, config),
         provider=provider,
@@ -98,7 +101,7 @@ def check_runner(
     """Checks whatever runs a bundle against a reference.
 
     Args:
-        folder: the bundle, for its tokenizer.
+        folder: the bundle, for its tokenizer and its precision.
         reference: the model that was trained.
         runner: runs the bundle.
         max_positions: that a text can have.
@@ -134,13 +137,18 @@ def check_runner(
 
     progress = progress or Silent()
     expectation = measure_reference(
-        reference, matrix, dtype=logits_dtype(runner), progress=progress
+        reference, matrix, dtype=arithmetic_of(folder), progress=progress
     )
     report = check_expectation(
         expectation, runner, prompts, judge, options=options, progress=progress
     )
     extras.keep(expectation, prompts, scores, options)
     return report
+
+
+def arithmetic_of(folder: Path) -> str:
+    """The element type that a bundle computes in."""
+    return precision_dtype(Manifest.read(folder).precision)
 
 
 def make_prompts(

@@ -22,7 +22,7 @@ from peft_deploy.bundle.prefixes import (
     read_prefix_file,
     write_prefix_file,
 )
-from peft_deploy.bundle.slots import check_slots
+from peft_deploy.bundle.slots import check_slots, in_types_of
 from peft_deploy.config.json_file import make_folder
 from peft_deploy.errors import CheckpointError, OutputError
 from peft_deploy.signature import POSITION_IDS, GraphSignature
@@ -78,6 +78,7 @@ def _write_slots(
 ) -> None:
     tensors = prefix.slots(positions=POSITION_IDS in signature.input_names)
     if target.bundle is not None:
+        tensors = in_types_of(target.slots, tensors)
         check_slots(target.slots, tensors, target.bundle)
         check_prefix_tensors(tensors, target.slots, prefix.name)
     write_onnx_adapter(path, tensors, model_version(target.fingerprint()))

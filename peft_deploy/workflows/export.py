@@ -227,12 +227,20 @@ def _validate(
     clock.phase("Preparing the check")
     from peft_deploy.workflows.check_adapters import check_adapters
     from peft_deploy.workflows.check_bundle import check_bundle
+    from peft_deploy.workflows.check_loss import KnownText, add_loss, read_in_float32
     from peft_deploy.workflows.check_prefixes import check_prefixes
     from peft_deploy.workflows.check_weights import check_weights
     from peft_deploy.workflows.parity_reports import save_reports
     from peft_deploy.workflows.recorded_reference import keep_recordings
+    from peft_deploy.workflows.rounded_reference import load_stored
 
-    reference = source.load_reference(clock)
+    known: list[KnownText] = []
+    reference = load_stored(
+        source,
+        options.precision,
+        clock,
+        before=lambda model: known.append(read_in_float32(model, folder.path, source)),
+    )
     report = check_bundle(
         folder.path, reference, source.family, source.config, progress=clock, extras=extras
     )
@@ -240,6 +248,8 @@ def _validate(
     report = check_prefixes(report, folder.path, reference, source, progress=clock, extras=extras)
     del reference  # the check of an adapter loads a model of its own
     report = check_adapters(report, folder.path, source, progress=clock, extras=extras)
+    if known:
+        report = add_loss(report, known[0], folder.path)
     if options.record_reference and report.passed:
         manifest = keep_recordings(folder, manifest, report, extras.recordings)
     manifest = replace(manifest, parity=report.to_dict())

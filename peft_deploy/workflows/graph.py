@@ -23,6 +23,7 @@ from peft_deploy.convert.lora_slots import AddLoraSlotsPass, Selection
 from peft_deploy.convert.opset import CONTRIB
 from peft_deploy.convert.pack_linears import PackLinearsPass
 from peft_deploy.convert.packed_names import graph_modules, graph_parameters
+from peft_deploy.convert.precision import HalfPrecisionPass
 from peft_deploy.convert.prefix_slots import AddPrefixSlotsPass, slot_specs
 from peft_deploy.convert.weight_file import add_tables
 from peft_deploy.families import NameMap, PackedLinear
@@ -68,7 +69,8 @@ def finish_graph(
         What the manifest says of it: ``operators``, how often each appears, ``removed``, how many nodes each
         pass took away, ``fused``, how often each fusion found its pattern, and what stayed plain
         (see :class:`~peft_deploy.convert.fusions.report.FusionReport`), and where there are any, ``packed``, the
-        layers in each packed one, ``lora_slots``
+        layers in each packed one, ``precision``
+        (see :class:`~peft_deploy.convert.precision.half.HalfPrecision`), ``lora_slots``
         (see :class:`~peft_deploy.convert.lora_slots.LoraSlots`), ``adapter_bank``, its ``capacity``, and
         ``prefix_slots``, their names.
 
@@ -106,6 +108,11 @@ def finish_graph(
         AddPrefixSlotsPass(signature)(converted.model)
         facts["prefix_slots"] = [spec.name for spec in slot_specs(signature)]
         slots += facts["prefix_slots"]
+    if precision.dtype != EXPORT_DTYPE:
+        half = HalfPrecisionPass(precision.dtype, signature)
+        half(converted.model)
+        assert half.done is not None  # the pass has run
+        facts["precision"] = half.done.to_dict()
     facts["operators"] = check_graph(
         converted.model, signature, opset, slots, domains=_domains(fusion)
     )

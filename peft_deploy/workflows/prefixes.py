@@ -233,9 +233,10 @@ def write_prefixes(
         path = prefix_path(folder.path, named.name)
         with disk_errors(folder.output):
             path.parent.mkdir(exist_ok=True)
-        write_prefix_file(path, named.prefix, base_fingerprint)
+        prefix = named.prefix.in_type(signature.past[0].dtype)
+        write_prefix_file(path, prefix, base_fingerprint)
         if slots:
-            tensors = named.prefix.slots(positions=POSITION_IDS in signature.input_names)
+            tensors = prefix.slots(positions=POSITION_IDS in signature.input_names)
             target = adapter_path(folder.path, named.name)
             write_onnx_adapter(target, tensors, model_version(base_fingerprint))
 

@@ -20,10 +20,12 @@ from peft_deploy.workflows.bisect import check_bisectable, with_finding
 from peft_deploy.workflows.check_adapters import check_adapters
 from peft_deploy.workflows.check_bundle import check_bundle
 from peft_deploy.workflows.check_extras import CheckExtras, read_cases
+from peft_deploy.workflows.check_loss import KnownText, add_loss, read_in_float32
 from peft_deploy.workflows.check_prefixes import check_prefixes
 from peft_deploy.workflows.check_weights import check_weights
 from peft_deploy.workflows.origin import check_origin
 from peft_deploy.workflows.recorded_reference import check_recorded, read_recordings
+from peft_deploy.workflows.rounded_reference import load_stored
 from peft_deploy.workflows.sources import Adapters, from_folders
 
 if TYPE_CHECKING:
@@ -99,7 +101,13 @@ def validate(
     source = from_folders(_as_exported(base, folder), adapter, keep=kept)
     progress.phase("Comparing fingerprints")
     check_origin(manifest, source)
-    model = source.load_reference(progress)
+    known: list[KnownText] = []
+    model = load_stored(
+        source,
+        manifest.precision,
+        progress,
+        before=lambda model: known.append(read_in_float32(model, folder, source)),
+    )
     options: dict[str, Any] = {
         "provider": provider,
         "seed": seed,
@@ -114,7 +122,8 @@ def validate(
     report = check_weights(report, folder, source, progress=progress)
     report = check_prefixes(report, folder, model, source, **options)
     del model  # the check of an adapter loads a model of its own
-    return check_adapters(report, folder, source, **options)
+    report = check_adapters(report, folder, source, **options)
+    return add_loss(report, known[0], folder, provider=provider) if known else report
 
 
 def _check_recorded_options(

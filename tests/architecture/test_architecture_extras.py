@@ -33,6 +33,7 @@ NEED_PADDLE = (
     "peft_deploy.families.standins",
     "peft_deploy.parity.layer_reference",
     "peft_deploy.parity.prefix_reference",
+    "peft_deploy.parity.rounding",
     "peft_deploy.parity.reference",
     "peft_deploy.trace.layer",
     "peft_deploy.trace.program",

@@ -41,6 +41,7 @@ def _body(report: ParityReport, subject: Subject) -> list[str]:
         _finding(report),
         _generation(report, subject),
         _effect(report),
+        "" if report.loss is None else _plain(report.loss.sentence()),
         "\n".join(f"- Warning: {_plain(warning)}" for warning in report.warnings),
     ]
 
