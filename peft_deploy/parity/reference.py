@@ -142,7 +142,7 @@ class RoundedReference:
         peaks: MutableMapping[str, float],
     ) -> None:
         self._reference = reference
-        self._model = model
+        self.model = model
         self._dtype = dtype
         self._peaks = peaks
 
@@ -156,7 +156,7 @@ class RoundedReference:
     ) -> dict[str, Array]:
         """The reference's outputs, computed from rounded inputs by rounding modules."""
         rounded = {name: _there_and_back(array, self._dtype) for name, array in feeds.items()}
-        with rounded_modules(self._model, self._dtype, self._peaks):
+        with rounded_modules(self.model, self._dtype, self._peaks):
             results = self._reference.run(rounded, outputs)
         return {name: _there_and_back(array, self._dtype) for name, array in results.items()}
 

@@ -11,6 +11,7 @@ import numpy as np
 from peft_deploy.bundle import Manifest
 from peft_deploy.bundle.adapter_bank import bank_capacity
 from peft_deploy.config.export import ONNX
+from peft_deploy.config.precision import PRECISIONS, Precision
 from peft_deploy.errors import ConfigError
 from peft_deploy.parity.bisect import Finding, Weight, locate, write_reproduction
 from peft_deploy.parity.bisect.exposed import ExposedGraph
@@ -18,7 +19,7 @@ from peft_deploy.parity.cases import Case
 from peft_deploy.parity.expectation import Expectation
 from peft_deploy.parity.report import ParityReport
 from peft_deploy.weights import Array
-from peft_deploy.workflows.sources import EXPORT_DTYPE, ExportSource
+from peft_deploy.workflows.sources import ExportSource
 
 if TYPE_CHECKING:
     from paddle import nn
@@ -79,10 +80,12 @@ def with_finding(
     from peft_deploy.parity.reference import PaddleReference
 
     reference = PaddleReference(model, source.family, source.config)
-    found = locate(folder, reference, expectation, sorted(cases, key=_size), names)
+    precision = PRECISIONS[Manifest.read(folder).precision]
+    ordered = sorted(cases, key=_size)
+    found = locate(folder, reference, expectation, ordered, names, precision.dtype)
     if found is None:
         return replace(report, warnings=[*report.warnings, _NOTHING])
-    found = replace(found, weights=_wrong_weights(ExposedGraph(folder), found, source))
+    found = replace(found, weights=_wrong_weights(ExposedGraph(folder), found, source, precision))
     write_reproduction(output, folder, found)
     return replace(report, finding=found)
 
@@ -93,10 +96,12 @@ def _size(case: Case) -> tuple[int, int, int]:
     return len(case.calls), case.given, tokens if case.slots.shape[1] > 1 else 1 << 30
 
 
-def _wrong_weights(graph: ExposedGraph, found: Finding, source: ExportSource) -> list[Weight]:
+def _wrong_weights(
+    graph: ExposedGraph, found: Finding, source: ExportSource, precision: Precision
+) -> list[Weight]:
     """Weights of the suspected operators that are not those that an export would write now."""
     names = source.family.names(source.config)
-    merged = source.merged(EXPORT_DTYPE)
+    merged = source.merged(precision.dtype)
     wrong: list[Weight] = []
     known: dict[str, str] = {}
     for parameter in merged.names():

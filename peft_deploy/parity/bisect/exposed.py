@@ -134,6 +134,16 @@ class ExposedGraph:
                     found[str(value.name)] = self._order[id(producer)]
         return next(iter(found.items())) if len(found) == 1 else None
 
+    def in_types(self, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+        """The feeds, floating-point arrays in the types of the graph's inputs."""
+        types = {v.name: v.dtype.numpy() for v in self._model.graph.inputs if v.dtype is not None}
+        return {
+            name: array.astype(types.get(name, array.dtype), copy=False)
+            if array.dtype.kind == "f"
+            else array
+            for name, array in feeds.items()
+        }
+
     def run(
         self, feeds: Mapping[str, npt.NDArray[Any]], values: Iterable[str]
     ) -> dict[str, npt.NDArray[Any]]:

@@ -22,6 +22,7 @@ from peft_deploy.parity.bisect.taps import GRAPH, OUTPUT, Taps
 from peft_deploy.parity.cases import Case
 from peft_deploy.parity.compare import measure
 from peft_deploy.parity.expectation import Expectation
+from peft_deploy.parity.measurement import EXACT_ENOUGH
 from peft_deploy.parity.play import (
     Results,
     counted,
@@ -45,15 +46,19 @@ class _Call:
         case: the call as a case of its own, what comes before it given.
         feeds: its inputs.
         truth: (module, what) → value, in float64 where that can be had.
-        noise: likewise in float32; the same arrays where it cannot.
+        noise: likewise in float32, or as 16 bits would have it; the same arrays as ``truth`` where it cannot.
+        plain: likewise in float32.
         exact: whether it could.
+        dtype: that the bundle computes in.
     """
 
     case: Case
     feeds: Mapping[str, Array]
     truth: Mapping[tuple[str, str], npt.NDArray[Any]]
     noise: Mapping[tuple[str, str], npt.NDArray[Any]]
+    plain: Mapping[tuple[str, str], npt.NDArray[Any]]
     exact: bool
+    dtype: str = EXACT_ENOUGH
 
 
 def locate(
@@ -62,6 +67,7 @@ def locate(
     expectation: Expectation,
     cases: Sequence[Case],
     names: NameMap,
+    dtype: str = EXACT_ENOUGH,
 ) -> Finding | None:
     """The first bad value of a bundle.
 
@@ -71,6 +77,7 @@ def locate(
         expectation: what it says about the texts.
         cases: that failed; the first one in which a bad value is found decides.
         names: of the model's modules.
+        dtype: that the bundle computes in.
 
     Returns:
         None when every value that can be compared is within its limit.
@@ -83,12 +90,14 @@ def locate(
     graph, taps = ExposedGraph(folder), Taps(reference)
     exact = reference.exact()
     sharp = None if exact is None else Taps(exact)
+    rounded = None if dtype == EXACT_ENOUGH else Taps(reference.rounded(dtype, {}))
     scopes = {path: module_folder(names.module_to_huggingface(path)) for path in taps.paths}
     places = make_places(graph, scopes, reference.signature)
     for case in cases:
         if not reference.signature.past and _begins_late(case):
             continue  # an encoder's reference moves such rows to the left, so its modules see other places
-        for call in _calls(case, taps, sharp, expectation, reference.signature):
+        for call in _calls(case, taps, sharp, rounded, expectation, reference.signature):
+            call = replace(call, feeds=graph.in_types(call.feeds), dtype=dtype)
             found = _search(graph, places, call, expectation, reference.signature)
             if found is not None:
                 return found
@@ -99,6 +108,7 @@ def _calls(
     case: Case,
     taps: Taps,
     sharp: Taps | None,
+    rounded: Taps | None,
     expectation: Expectation,
     signature: GraphSignature,
 ) -> Iterator[_Call]:
@@ -114,8 +124,11 @@ def _calls(
             continue  # a model that pads in a way of its own is no measure there
         if sharp is not None:
             run_case(sharp, part, cache)
+        if rounded is not None:
+            run_case(rounded, part, cache)
         truth = taps.values if sharp is None else sharp.values
-        yield _Call(part, capture.feeds, truth, taps.values, sharp is not None)
+        noise = taps.values if rounded is None else rounded.values
+        yield _Call(part, capture.feeds, truth, noise, taps.values, sharp is not None)
 
 
 def _begins_late(case: Case) -> bool:
@@ -320,8 +333,9 @@ class _Judge:
         exact = self._call.exact and bool(np.isfinite(wanted).all())
         if not exact:
             # PaddleNLP's mask overflows in float64 where a row is padded: then float32 is the measure
-            wanted = rough
+            wanted = _without_padding(self._call.plain.get(key, self._call.truth[key]), counts)
         if not np.isfinite(wanted).all():
             return None
         own = measure(wanted, rough, counts, axis=1, logits=False, brief=True)
-        return wanted, counts, 1, derive_limit([own], exact=exact)
+        limit = derive_limit([own], exact=exact, dtype=self._call.dtype)
+        return wanted, counts, 1, limit
