@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ import numpy as np
 from peft_deploy.bundle import Manifest
 from peft_deploy.bundle.adapter_bank import bank_capacity
 from peft_deploy.config.export import ONNX
-from peft_deploy.config.precision import PRECISIONS, Precision
+from peft_deploy.config.precision import PRECISIONS
 from peft_deploy.errors import ConfigError
 from peft_deploy.parity.bisect import Finding, Weight, locate, write_reproduction
 from peft_deploy.parity.bisect.exposed import ExposedGraph
@@ -19,6 +20,7 @@ from peft_deploy.parity.cases import Case
 from peft_deploy.parity.expectation import Expectation
 from peft_deploy.parity.report import ParityReport
 from peft_deploy.weights import Array
+from peft_deploy.workflows.check_weights import PACKED
 from peft_deploy.workflows.sources import ExportSource
 
 if TYPE_CHECKING:
@@ -85,7 +87,7 @@ def with_finding(
     found = locate(folder, reference, expectation, ordered, names, precision.dtype)
     if found is None:
         return replace(report, warnings=[*report.warnings, _NOTHING])
-    found = replace(found, weights=_wrong_weights(ExposedGraph(folder), found, source, precision))
+    found = replace(found, weights=_wrong_weights(folder, found, source))
     write_reproduction(output, folder, found)
     return replace(report, finding=found)
 
@@ -96,25 +98,47 @@ def _size(case: Case) -> tuple[int, int, int]:
     return len(case.calls), case.given, tokens if case.slots.shape[1] > 1 else 1 << 30
 
 
-def _wrong_weights(
-    graph: ExposedGraph, found: Finding, source: ExportSource, precision: Precision
-) -> list[Weight]:
+def _wrong_weights(folder: Path, found: Finding, source: ExportSource) -> list[Weight]:
     """Weights of the suspected operators that are not those that an export would write now."""
+    graph, manifest = ExposedGraph(folder), Manifest.read(folder)
+    packed = manifest.graph.get(PACKED, {})
     names = source.family.names(source.config)
-    merged = source.merged(precision.dtype)
+    merged = source.merged(PRECISIONS[manifest.precision].dtype)
     wrong: list[Weight] = []
     known: dict[str, str] = {}
     for parameter in merged.names():
         mapped = names.to_huggingface(parameter)
         known[mapped.name if mapped else parameter] = parameter
-    for name in graph.initializers_of(found.nodes):
-        if name not in known:
-            continue
-        have, want = graph.weight(name), merged.read(known[name])
-        note = _compare(have, want, source.tensors.read(known[name]))
-        if note is not None:
-            wrong.append(Weight(name, note))
+    widths = {name: merged.info(parameter).shape[-1:] for name, parameter in known.items()}
+    for stored in graph.initializers_of(found.nodes):
+        for name, have in _parts(graph, stored, packed, widths):
+            if name not in known:
+                continue
+            want = merged.read(known[name])
+            note = _compare(have, want, source.tensors.read(known[name]))
+            if note is not None:
+                inside = "" if name == stored else f" (columns of {stored})"
+                wrong.append(Weight(name, note + inside))
     return wrong
+
+
+def _parts(
+    graph: ExposedGraph,
+    stored: str,
+    packed: Mapping[str, Sequence[str]],
+    widths: Mapping[str, tuple[int, ...]],
+) -> Iterator[tuple[str, Array]]:
+    """An initializer by its name; of a packed layer, the columns of each layer in it by that one's."""
+    module, _, kind = stored.rpartition(".")
+    if any(f"{part}.{kind}" not in widths for part in packed.get(module, ("",))):
+        yield stored, graph.weight(stored)
+        return
+    array, begin = graph.weight(stored), 0
+    for part in packed[module]:
+        name = f"{part}.{kind}"
+        end = begin + sum(widths[name])
+        yield name, array[..., begin:end]
+        begin = end
 
 
 def _compare(have: Array, want: Array, base: Array) -> str | None:

@@ -15,7 +15,9 @@ import pytest
 from click.testing import CliRunner
 from onnx import numpy_helper
 
+import peft_deploy
 from peft_deploy.cli.validate import validate_command
+from peft_deploy.config.export import ExportOptions
 from peft_deploy.errors import ConfigError
 from peft_deploy.parity import Expectation, ParityReport, check_expectation
 from peft_deploy.parity.bisect import locate
@@ -273,3 +275,40 @@ def test_a_good_bundle_leaves_no_folder(
 def test_a_recorded_reference_has_no_modules(recorded: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="bisect can only be used with the base model"):
         validate(recorded, bisect=tmp_path / "found")
+
+
+@pytest.fixture(scope="module")
+def packed_bundle(
+    tiny_llama: Path, tiny_adapter: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The same model with projections of one input in one matrix."""
+    output = tmp_path_factory.mktemp("packed") / "merged"
+    options = ExportOptions(fuse="onnx", validate=False)
+    peft_deploy.export(tiny_llama, output, adapter=tiny_adapter, options=options)
+    return output
+
+
+@pytest.mark.parametrize("part", ["q_proj", "v_proj"])
+def test_a_fault_in_a_packed_weight_is_found_in_its_part(
+    part: str, trained: Side, packed_bundle: Path, tmp_path: Path
+) -> None:
+    merged = trained.source.merged("float32")
+    width = merged.info(f"{LAYER}.self_attn.{part}.weight").shape[1]
+    columns = slice(0, width) if part == "q_proj" else slice(-width, None)
+
+    def scaled(array: np.ndarray) -> np.ndarray:
+        result = array.copy()
+        result[:, columns] *= 1.01
+        return result
+
+    packed = "model.layers.1.self_attn.qkv_proj"
+    fault = weight(f"{packed}.weight", scaled)
+    folder = broken(packed_bundle, tmp_path / "broken", fault)
+    found = checked(trained, folder, tmp_path / "reproduction").finding
+    assert found is not None
+    assert (found.module, found.what) == (f"{LAYER}.self_attn.{part}", "output"), str(found)
+    assert "/model/layers.1/self_attn/qkv_proj/MatMul" in found.nodes and len(found.nodes) == 2
+    (wrong,) = found.weights
+    assert wrong.name == f"model.layers.1.self_attn.{part}.weight"
+    assert wrong.note.startswith("it is off by up to")
+    assert wrong.note.endswith(f"(columns of {packed}.weight)")

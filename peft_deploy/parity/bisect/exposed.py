@@ -79,6 +79,8 @@ class ExposedGraph:
             The last such value that is no output of the graph; None when there is none.
         """
         members = [node for node in self._nodes if _is_under(node, scope)]
+        if not members:
+            return self._part_of(scope)
         inside = {id(node) for node in members}
         for node in reversed(members):
             for value in node.outputs:
@@ -86,6 +88,14 @@ class ExposedGraph:
                     continue
                 users = [use.node for use in value.uses()]
                 if value.is_graph_output() or any(id(user) not in inside for user in users):
+                    return str(value.name), self._order[id(node)]
+        return None
+
+    def _part_of(self, scope: str) -> tuple[str, int] | None:
+        """What a module gives that is part of a packed one: its result has its name, and no node has."""
+        for node in reversed(self._nodes):
+            for value in node.outputs:
+                if str(value.name).startswith(f"{scope}/"):
                     return str(value.name), self._order[id(node)]
         return None
 
