@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -230,6 +230,7 @@ def _bundle(found: BundleInspection) -> RenderableType:
         ("slots", _slots(manifest.graph)),
         ("graph", f"{_kind(manifest.opset)}, {found.nodes:,} nodes"),
         ("operators", named + (f" and {more} more kinds" if more > 0 else "")),
+        *_packed(manifest.graph),
         ("inputs", _specs(manifest.signature.inputs)),
         ("outputs", _specs(manifest.signature.outputs)),
         *_encoder(found),
@@ -241,6 +242,20 @@ def _bundle(found: BundleInspection) -> RenderableType:
     if found.verified and not problems:
         problems = [Text("✓ every file and the graph are what the manifest says", "green")]
     return _sheet("bundle", found.path, rows, _files(found), *problems)
+
+
+def _packed(graph: Mapping[str, Any]) -> Rows:
+    """How many linear layers share a matrix with others, and the kinds of such matrices."""
+    packed: Mapping[str, Sequence[str]] = graph.get("packed", {})
+    if not packed:
+        return []
+    kinds = {
+        module.rpartition(".")[2]: ", ".join(part.rpartition(".")[2] for part in parts)
+        for module, parts in packed.items()
+    }
+    layers = sum(map(len, packed.values()))
+    named = "; ".join(f"{kind}: {parts}" for kind, parts in kinds.items())
+    return [("packed", f"{layers} linear layers in {len(packed)} matrices ({named})")]
 
 
 def _encoder(found: BundleInspection) -> Rows:
