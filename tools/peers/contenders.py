@@ -24,6 +24,7 @@ FP32, FP16, INT8, INT4 = "fp32", "fp16", "int8", "int4"
 PRECISIONS = (FP32, FP16, INT8, INT4)
 NO_FUSION, DEFAULT_FUSION, CONTRIB = "none", "onnx", "ort"
 SLOTS_OFF, RANK_8, RANK_64 = "slots, off", "slots, rank 8", "slots, rank 64"
+SLOTS, SLOT_LANES = "slots", (SLOTS_OFF, RANK_8, RANK_64)
 RANKS = {"r8": 8, "r64": 64}
 # Of an adapter's part in a layer's output against the layer's own: enough to be seen, and the model still speaks.
 ADAPTER_SPREAD = 0.05
@@ -142,7 +143,7 @@ def _slots(base: Path, shop: Workshop) -> Contender:
     command = (*_deploy("export"), "--base", str(base), *adapters, "--adapters", "runtime")
     build = _our_build("slots", (*command, "--no-validate"), base, shop)
     return Contender(
-        "slots",
+        SLOTS,
         FP32,
         "onnx",
         build,

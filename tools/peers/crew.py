@@ -116,7 +116,7 @@ def lanes_of(workers: Sequence[Worker]) -> list[Lane]:
 
 
 def load_all(lanes: Sequence[Lane], prompt: Sequence[int]) -> dict[str, str]:
-    """Loads every contender several times, in turn, and reads a prompt with it.
+    """Loads every contender several times, in turn, and generates two tokens with it.
 
     Returns:
         Who failed, and how, of those that are not required.
@@ -133,6 +133,7 @@ def load_all(lanes: Sequence[Lane], prompt: Sequence[int]) -> dict[str, str]:
                 seconds = worker.ask("load")["seconds"]
                 for lane in own:
                     worker.ask("start", variant=lane.variant, prompt=list(prompt))
+                    worker.ask("decode", variant=lane.variant, steps=1)
                     lane.record.load.append(seconds)
             except WorkerError as exc:
                 if worker.contender.required:

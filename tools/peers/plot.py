@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from peers.contenders import OURS, PRECISIONS, RANK_8, RANK_64, SLOTS_OFF
+from peers.contenders import OURS, PRECISIONS, SLOT_LANES, SLOTS
 from peers.results import Run
 
 # Told apart by lightness as well, for those who do not see colours, and on paper.
@@ -38,9 +38,10 @@ def plot(run: Run, path: Path) -> None:
     }
     height = INCHES_AROUND + INCHES_A_BAR * len(lanes)
     figure = Figure(figsize=(INCHES_WIDE, height), layout="constrained")
-    all_axes = figure.subplots(1, len(panels), width_ratios=(1, 1, 0.7))
+    all_axes = figure.subplots(1, len(panels), width_ratios=(1, 1, 0.8))
     for axes, (title, rows) in zip(all_axes, panels.items(), strict=True):
         _bars(axes, title, rows)
+    all_axes[1].set_yticklabels([])  # the same as those on its left
     cores = run.machine["cores"]
     figure.suptitle(f"SmolLM2-135M, batch 1, {cores} CPU cores, one interleaved run", fontsize=11)
     figure.savefig(path, dpi=DPI, metadata={"Software": None})
@@ -67,6 +68,6 @@ def _bars(axes: Any, title: str, rows: Sequence[Row]) -> None:
 
 
 def _colour(name: str) -> str:
-    if name in (SLOTS_OFF, RANK_8, RANK_64):
+    if name in (*SLOT_LANES, SLOTS):
         return SLOTS_COLOUR
     return OUR_COLOUR if name.startswith(OURS) else OTHER_COLOUR

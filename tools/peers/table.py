@@ -5,45 +5,53 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Sequence
 
-from peers.contenders import FP32, OURS, PRECISIONS
-from peers.results import Bar, Export, Ratio, Run, bars, same_tokens, speed_ratio
+from peers.contenders import FP32, OURS, PRECISIONS, SLOT_LANES, SLOTS
+from peers.crew import Record
+from peers.results import Bar, Export, Run, bars, same_tokens, speed_ratio
 
 HEADS = (
     "precision",
     "what",
     "export",
-    "its peak",
     "on disk",
     "loading",
+    "memory",
     "prefill",
-    "ratio",
     "decode",
-    "ratio",
     "same tokens",
 )
+BAR_HEADS = ("promise", "measured (quartiles)", "bar", "")
 
 
 def rows(run: Run) -> Iterator[tuple[str, ...]]:
-    """The cells of every lane, by precision; ratios are speeds against our default export of the same precision."""
+    """The cells of every lane, by precision.
+
+    Behind a speed stands its ratio to that of our default export of the same precision, taken within a round.
+    """
     for precision in PRECISIONS:
         reference = run.record(OURS, precision)
         for record in (r for r in run.records if r.precision == precision):
-            prefill = decode = "-"
-            if reference is not None and record is not reference:
-                prefill = _short(speed_ratio(record.prefill, reference.prefill))
-                decode = _short(speed_ratio(record.decode, reference.decode))
+            export = run.export(SLOTS if record.name in SLOT_LANES else record.name, precision)
             same = same_tokens(run, record)
             yield (
                 precision,
                 record.name,
-                *_export_cells(run.export(record.name, precision)),
+                *_export_cells(export),
                 f"{statistics.median(record.load):.2f} s",
-                f"{run.prompt_tokens / statistics.median(record.prefill):,.0f} tok/s",
-                prefill,
-                f"{1 / statistics.median(record.decode):.1f} tok/s",
-                decode,
+                f"{record.memory / 1e9:.2f} GB",
+                _speed(run.prompt_tokens, record, reference, "prefill"),
+                _speed(1, record, reference, "decode"),
                 "-" if same is None else f"{same}/{len(record.tokens)}",
             )
+
+
+def _speed(tokens: int, record: Record, reference: Record | None, what: str) -> str:
+    seconds = getattr(record, what)
+    speed = tokens / statistics.median(seconds)
+    text = f"{speed:,.0f}" if speed >= 100 else f"{speed:.1f}"
+    if reference is None or reference is record:
+        return f"{text} tok/s"
+    return f"{text} tok/s ({speed_ratio(seconds, getattr(reference, what)).median:.2f})"
 
 
 def bar_rows(run: Run) -> Iterator[tuple[str, ...]]:
@@ -63,7 +71,7 @@ def markdown(run: Run) -> str:
     parts = [
         note,
         _table(HEADS, list(rows(run))),
-        _table(("promise", "measured (quartiles)", "bar", ""), list(bar_rows(run))),
+        _table(BAR_HEADS, list(bar_rows(run))),
     ]
     if left_out:
         parts.append("\n".join(["Left out:", "", *left_out]))
@@ -78,7 +86,7 @@ def show(run: Run) -> None:
     console = Console(highlight=False, width=160)
     for heads, lines in (
         (HEADS, rows(run)),
-        (("promise", "measured (quartiles)", "bar", ""), bar_rows(run)),
+        (BAR_HEADS, bar_rows(run)),
     ):
         table = Table(box=None, pad_edge=False)
         for index, head in enumerate(heads):
@@ -99,18 +107,11 @@ def show(run: Run) -> None:
     console.print(f"greedy tokens in fp32 {verdict}")
 
 
-def _export_cells(export: Export | None) -> tuple[str, str, str]:
+def _export_cells(export: Export | None) -> tuple[str, str]:
     if export is None:
-        return "-", "-", "-"
-    return (
-        f"{statistics.median(export.seconds):.1f} s",
-        f"{statistics.median(export.peaks) / 1e9:.2f} GB",
-        f"{export.disk / 1e6:,.0f} MB",
-    )
-
-
-def _short(ratio: Ratio) -> str:
-    return f"{ratio.median:.2f}"
+        return "-", "-"
+    seconds, peak = statistics.median(export.seconds), statistics.median(export.peaks)
+    return f"{seconds:.1f} s, {peak / 1e9:.2f} GB", f"{export.disk / 1e6:,.0f} MB"
 
 
 def _limit(bar: Bar) -> str:
@@ -118,6 +119,6 @@ def _limit(bar: Bar) -> str:
 
 
 def _table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    return "\n".join(
-        f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *lines)
-    ).replace("| --- | --- |", "|---|---|")
+    rule = "|" + "---|" * len(heads)
+    head, *body = (f"| {' | '.join(cells)} |" for cells in (heads, *lines))
+    return "\n".join([head, rule, *body])
