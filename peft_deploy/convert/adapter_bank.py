@@ -32,8 +32,14 @@ from peft_deploy.signature import ADAPTER_IDS, ADAPTERS, BANK_A, BANK_B, BATCH
 from peft_deploy.weights.source import DTYPES
 
 _ROW_AXIS = "bank.row_axis"  # the name of the constant [1]
-# Operators that onnx knows from opset 23 on, 1.18, whose first output is of their first input's shape.
-_SHAPED_AS_INPUT = frozenset({"Attention", "RMSNormalization", "RotaryEmbedding"})
+# Operators that onnx does not know, or from opset 23 on, 1.18: which outputs are of their first input's shape.
+_SHAPED_AS_INPUT = {
+    "Attention": (0,),
+    "RMSNormalization": (0,),
+    "RotaryEmbedding": (0,),
+    "SkipLayerNormalization": (0, 3),
+    "SkipSimplifiedLayerNormalization": (0, 3),
+}
 _SAMPLE_BATCH = 7919  # a prime that is no other size of a model
 
 
@@ -160,9 +166,9 @@ def _inferred_dims(model: ir.Model) -> dict[str, tuple[int | str, ...]]:
     that are newer than this onnx give something of their first input's shape.
     """
     proto = ir.to_proto(model)
-    for node in proto.graph.node:
-        if node.op_type in _SHAPED_AS_INPUT:
-            node.CopyFrom(onnx.helper.make_node("Identity", node.input[:1], node.output[:1]))
+    nodes = [stand_in for node in proto.graph.node for stand_in in _known(node)]
+    del proto.graph.node[:]
+    proto.graph.node.extend(nodes)
     del proto.graph.value_info[:]
     for value in proto.graph.input:
         for dim in value.type.tensor_type.shape.dim:
@@ -174,3 +180,11 @@ def _inferred_dims(model: ir.Model) -> dict[str, tuple[int | str, ...]]:
         for value in (*graph.input, *graph.value_info)
         if value.type.tensor_type.HasField("shape")
     }
+
+
+def _known(node: onnx.NodeProto) -> list[onnx.NodeProto]:
+    """The node, or nodes that onnx knows the shapes of."""
+    if node.op_type not in _SHAPED_AS_INPUT:
+        return [node]
+    shaped = [node.output[i] for i in _SHAPED_AS_INPUT[node.op_type] if i < len(node.output)]
+    return [onnx.helper.make_node("Identity", node.input[:1], [name]) for name in shaped]

@@ -18,6 +18,10 @@ from peft_deploy.convert.fusions.rotary_embedding import (
     ROTARY_EMBEDDING,
 )
 from peft_deploy.convert.fusions.shapes import known_shapes
+from peft_deploy.convert.fusions.skip_normalization import (
+    SKIP_LAYER_NORMALIZATION,
+    SKIP_RMS_NORMALIZATION,
+)
 from peft_deploy.convert.opset import declare_fused
 
 FUSIONS: tuple[Fusion, ...] = (
@@ -30,8 +34,10 @@ FUSIONS: tuple[Fusion, ...] = (
     ATTENTION,
     JOIN_CACHE,
     LEAVE_HEADS_LAST,
-    # Last: takes the number of queries from what the operator gets in the end.
+    # After those: takes the number of queries from what the operator gets in the end.
     WIDEN_MASK,
+    SKIP_RMS_NORMALIZATION,
+    SKIP_LAYER_NORMALIZATION,
 )
 
 
