@@ -76,6 +76,7 @@ def _dangling(graph: ir.Graph) -> list[str]:
 
 def _repeated(graph: ir.Graph) -> list[str]:
     names = Counter(node.name for node in graph)
-    names.update(value.name for node in graph for value in node.outputs)
+    # An output without a name is one that the operator need not compute.
+    names.update(value.name for node in graph for value in node.outputs if value.name != "")
     names.update(list(graph.initializers))
     return [f"the name {name} {count} times" for name, count in names.items() if count > 1]

@@ -11,6 +11,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from peft_deploy.convert.fusions import run_fusions
+from peft_deploy.convert.opset import CONTRIB, FUSED_OPSET
+from peft_deploy.convert.postflight import check_graph
+from peft_deploy.signature import GraphSignature, TensorSpec
 
 E = 6
 RNG = np.random.default_rng(0)
@@ -82,3 +85,11 @@ def test_a_sum_that_broadcasts_stays(other: list[Any]) -> None:
     report = run_fusions(model, "ort")
     assert report.fused["SkipLayerNormalization"] == 0
     assert [node.op_type for node in model.graph] == ["Add", "LayerNormalization", "Add"]
+
+
+def test_results_that_are_not_read_pass_the_postflight_without_a_name() -> None:
+    model = layer("RMSNormalization", ["B", "S", E])
+    run_fusions(model, "ort")
+    x, a, y, z = (TensorSpec(name, "float32", ("B", "S", E)) for name in "xayz")
+    counts = check_graph(model, GraphSignature((x, a), (y, z)), FUSED_OPSET, domains=(CONTRIB,))
+    assert counts["SkipSimplifiedLayerNormalization"] == 1

@@ -114,7 +114,9 @@ class ExposedGraph:
         assert producer is not None
         members = [node for node in self._nodes if _is_under(node, scope)]
         users = [use.node for value in producer.outputs for use in value.uses()]
-        names = [str(v.name) for node in (*reversed(members), *users) for v in node.outputs]
+        names = [
+            str(v.name) for node in (*reversed(members), *users) for v in node.outputs if v.name
+        ]
         return tuple(dict.fromkeys(name for name in names if name != output))
 
     def depends(self, value: str, on: str) -> bool:
