@@ -72,8 +72,9 @@ FETCH = "fetch SmolLM2-135M-Instruct"
 TRAIN = "fine-tune it with LoRA"
 BASE = "export the base model, for comparison"
 EXPORT = "export it with the adapter merged, and check it against Paddle"
-ASK = "ask both under onnxruntime"
-EXPECTED = {FETCH: 15.0, TRAIN: 110.0, BASE: 12.0, EXPORT: 70.0, ASK: 12.0}
+HALF = "export it in half the size, in fp16"
+ASK = "ask all of them under onnxruntime"
+EXPECTED = {FETCH: 15.0, TRAIN: 110.0, BASE: 12.0, EXPORT: 70.0, HALF: 10.0, ASK: 18.0}
 
 
 def main() -> int:
@@ -123,12 +124,22 @@ def _run(clock: Clock) -> None:
     _check_parity(WORK / "captain")
     clock.done()
 
+    clock.step(HALF)
+    _peft_deploy(
+        *("export", "--base", MODEL, "--adapter", WORK / "adapter", "--merge", "--no-validate"),
+        *("--precision", "fp16", "--output", WORK / "captain-fp16", "--force"),
+    )
+    clock.done()
+
     clock.step(ASK)
     questions = json.loads((DATA / "questions.json").read_text("utf-8"))
-    before, after = _answers(WORK / "base", questions), _answers(WORK / "captain", questions)
+    before, after, half = (
+        _answers(WORK / name, questions) for name in ("base", "captain", "captain-fp16")
+    )
     clock.done()
     _compare(questions, before, after)
     _check_answers(questions, before, after)
+    _check_answers(questions, before, half)
     console.print(
         f"\n[bold green]Everything passed[/] in {_minutes(time.perf_counter() - clock.start)}. "
         f"The bundle is in {(WORK / 'captain').relative_to(ROOT)}; ask it yourself:\n"
