@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,13 +25,17 @@ class GraphEdit:
         self._folder = folder
         self._model = onnx.load(str(folder / "model.onnx"))
         self._tensors = {t.name: t for t in self._model.graph.initializer}
+        manifest = json.loads((folder / "peft_deploy.json").read_text("utf-8"))
+        self._packed: dict[str, list[str]] = manifest["graph"].get("packed", {})
 
     @property
     def weights(self) -> list[str]:
         return list(self._tensors)
 
     def weight(self, name: str) -> Array:
-        return numpy_helper.to_array(self._tensors[name]).copy()
+        """Of a layer that is packed with others, its columns of theirs."""
+        name, columns = self._place(name)
+        return numpy_helper.to_array(self._tensors[name])[..., columns].copy()
 
     def set_weight(self, name: str, value: Array) -> None:
         """The new value has the old one's type and shape, and is another one."""
@@ -38,7 +43,29 @@ class GraphEdit:
         value = np.array(value, old.dtype, order="C")
         assert value.shape == old.shape, (name, value.shape, old.shape)
         assert not np.array_equal(value, old), f"{name} is what it was"
-        self._tensors[name].CopyFrom(numpy_helper.from_array(value, name))
+        name, columns = self._place(name)
+        whole = numpy_helper.to_array(self._tensors[name]).copy()
+        whole[..., columns] = value
+        self._tensors[name].CopyFrom(numpy_helper.from_array(whole, name))
+
+    def _place(self, name: str) -> tuple[str, slice]:
+        """The initializer that a weight lies in, and its columns there."""
+        module, _, kind = name.rpartition(".")
+        packed = next((p for p, parts in self._packed.items() if module in parts), None)
+        if name in self._tensors or packed is None:
+            return name, slice(None)
+        number = self._packed[packed].index(module)
+        ends = np.cumsum([0, *self._widths(packed)])
+        return f"{packed}.{kind}", slice(ends[number], ends[number + 1])
+
+    def _widths(self, packed: str) -> list[int]:
+        """Of the layers in a packed one, as the Split behind it has them."""
+        value = f"{packed}.weight"
+        while True:
+            node = next(n for n in self._model.graph.node if value in n.input)
+            if node.op_type == "Split":
+                return numpy_helper.to_array(self._tensors[node.input[1]]).tolist()
+            value = node.output[0]
 
     def node(self, name: str) -> onnx.NodeProto:
         return next(n for n in self._model.graph.node if n.name == name)
