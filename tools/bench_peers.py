@@ -23,7 +23,7 @@ from peers.plot import plot
 from peers.results import Export, Run, bars
 
 MODEL = ROOT / "models" / "smollm2-135m"
-README, PICTURE = ROOT / "README.md", ROOT / "docs" / "speed.png"
+README, PICTURE = ROOT / "README.md", ROOT / table.PICTURE
 BEGIN, END = "<!-- speed table: begin -->", "<!-- speed table: end -->"
 PROMPT_TOKENS, STEPS = 128, 32
 PROMPT = """The lighthouse at the end of the bay had been dark for eleven years when the council decided to sell it.

@@ -59,7 +59,7 @@ def main() -> int:
 
 def check(path: Path, *, small: bool) -> Iterator[tuple[bool, str]]:
     """Each finding: whether it is good, and what to print."""
-    model = onnx.load(path)
+    model = onnx.load(path, load_external_data=small)
     opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
     yield True, f"{opset:5}"
     yield _attempt(lambda: onnx.checker.check_model(str(path), full_check=True))
@@ -83,7 +83,10 @@ def _attempt(call: Any) -> tuple[bool, str]:
 
 
 def _shapes(path: Path) -> None:
-    """Strict inference, and every output's inferred shape is the one that the graph declares."""
+    """Strict inference, and every output's inferred shape is the one that the graph declares.
+
+    onnx does not infer what Attention gives as present keys and values when the past's length is open.
+    """
     bare = onnx.load(path, load_external_data=False)
     declared = {value.name: _dims(value) for value in bare.graph.output}
     for value in bare.graph.output:
@@ -92,6 +95,8 @@ def _shapes(path: Path) -> None:
         bare, check_type=True, strict_mode=True, data_prop=True
     )
     for value in inferred.graph.output:
+        if not value.type.tensor_type.HasField("shape"):
+            continue
         found, want = _dims(value), declared[value.name]
         fixed = [
             (a, b)

@@ -20,6 +20,7 @@ HEADS = (
     "decode",
     "same tokens",
 )
+PICTURE = "docs/speed.png"  # from README.md
 BAR_HEADS = ("promise", "measured (quartiles)", "bar", "")
 
 
@@ -70,6 +71,7 @@ def markdown(run: Run) -> str:
     left_out = [f"- {what}: {' '.join(why.split())}" for what, why in run.missing.items()]
     parts = [
         note,
+        f"![Speed of each exporter's graph as bars]({PICTURE})",
         _table(HEADS, list(rows(run))),
         _table(BAR_HEADS, list(bar_rows(run))),
     ]
