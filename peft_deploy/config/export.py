@@ -16,7 +16,7 @@ ALL_LINEAR = "all-linear"
 # How far small operators are put together: not at all, into standard operators, or into onnxruntime's own, too.
 PLAIN, FUSED, FUSED_ORT = "none", "onnx", "ort"
 FUSE_LEVELS = (PLAIN, FUSED, FUSED_ORT)
-DEFAULT_FUSE = PLAIN
+DEFAULT_FUSE = FUSED
 DEFAULT_OPSET = 17  # of a plain graph
 FUSED_OPSET = 23  # the first with Attention, RotaryEmbedding and RMSNormalization
 # Paddle2ONNX aborts above 21; below 13 Unsqueeze and Split have another form than its translators emit here.

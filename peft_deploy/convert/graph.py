@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from peft_deploy.convert.onnx_ir_log import quiet_onnx_ir
 from peft_deploy.convert.worker import CONSTANTS_FILE, ENCODER_FOLDER, GRAPH_FILE, NAMES_FILE
 
 
@@ -48,8 +49,10 @@ class ConvertedGraph:
         names = json.loads((folder / NAMES_FILE).read_text("utf-8"))
         with np.load(folder / CONSTANTS_FILE, allow_pickle=False) as archive:
             constants = {key: archive[key] for key in archive.files}
+        with quiet_onnx_ir():  # it warns of every dangling name
+            model = ir.load(folder / GRAPH_FILE)
         return cls(
-            model=_load_quietly(folder / GRAPH_FILE),
+            model=model,
             parameters=names["parameters"],
             shapes={name: tuple(shape) for name, shape in names["shapes"].items()},
             constants=constants,
@@ -57,16 +60,3 @@ class ConvertedGraph:
             versions=names["versions"],
             encoder=cls.read(encoder) if (encoder := folder / ENCODER_FOLDER).is_dir() else None,
         )
-
-
-def _load_quietly(path: Path) -> ir.Model:
-    """onnx-ir logs one warning a dangling name; here they are meant."""
-    import logging
-
-    logger = logging.getLogger("onnx_ir")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        return ir.load(path)
-    finally:
-        logger.setLevel(level)

@@ -15,14 +15,16 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from fused_counts import COLUMNS, FUSED
 from model_recipes import load_recipe
 
 import peft_deploy
+from peft_deploy.bundle import Manifest
 from peft_deploy.families import EncoderDecoderFamily, find_family
 
 ROOT = Path(__file__).resolve().parents[2]
 MAX_RELATIVE_ERROR = 1e-4
-MAX_NODES_PER_LAYER = 90  # of two layers that carry what comes before and after them
+MAX_NODES_PER_LAYER = 50  # of two layers that carry what comes before and after them
 
 tiny = load_recipe("tiny")
 
@@ -44,14 +46,25 @@ variants = sorted(set(tiny.known()) - set(models.values()))
 
 @pytest.fixture(scope="session")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> functools._lru_cache_wrapper:
-    """Family → its cells, each measured once in a session."""
+    """Family → its cells, each measured once in a session, in which its graphs are looked at as well."""
 
     @functools.cache
     def measure(family: str) -> object:
+        folder = tmp_path_factory.mktemp(family)
         with WithoutRemarks(models[family]):
-            return table.measure(models[family], tmp_path_factory.mktemp(family))
+            cells = table.measure(models[family], folder)
+        check_fused(models[family], Manifest.read(folder / "onnx"))
+        return cells
 
     return measure
+
+
+def check_fused(name: str, manifest: Manifest) -> None:
+    """Every fusion fired as often as it should have, and nothing was left plain."""
+    graphs = [manifest.graph, *([manifest.encoder.graph] if manifest.encoder else [])]
+    assert [tuple(g["fused"][c] for c in COLUMNS) for g in graphs] == FUSED[name]
+    for graph in graphs:
+        assert not {"plain", "not_fused"} & graph.keys()
 
 
 class WithoutRemarks(warnings.catch_warnings):
@@ -90,6 +103,7 @@ def test_variants_equal_the_dynamic_graph(name: str, tmp_path: Path) -> None:
     assert result.parity.passed
     assert not result.parity.warnings
     assert table.worst(result.parity) <= MAX_RELATIVE_ERROR
+    check_fused(name, result.manifest)
     operators = result.manifest.graph["operators"]
     assert not {"If", "Loop"} & operators.keys()
     layers = find_family(tiny.config_of(name)).dims(tiny.config_of(name)).num_layers

@@ -20,6 +20,7 @@ from peft_deploy.signature import ATTENTION_MASK, INPUT_IDS, LOGITS, POSITION_ID
 
 tiny = load_recipe("tiny")
 MAX_NODES_PER_LAYER = 65
+MAX_FUSED_NODES_PER_LAYER = 19
 LAYER = re.compile(r"/model/layers\.(\d+)/.+")
 FAMILIES = ("llama", "qwen2", "mistral", "gemma")
 # Nodes of the projections: the first of a Llama layer, whose other nodes stand between them.
@@ -32,17 +33,17 @@ pytestmark = pytest.mark.convert
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    made: dict[str, Path] = {}
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    made: dict[tuple[str, str], Path] = {}
 
-    def make(name: str) -> Path:
-        if name not in made:
+    def make(name: str, fuse: str = "onnx") -> Path:
+        if (name, fuse) not in made:
             folder = tmp_path_factory.mktemp(name)
             base = tiny.make(folder / "base", name)
-            options = ExportOptions(validate=False)
+            options = ExportOptions(fuse=fuse, validate=False)
             peft_deploy.export(base, folder / "out", options=options)
-            made[name] = folder / "out"
-        return made[name]
+            made[name, fuse] = folder / "out"
+        return made[name, fuse]
 
     return make
 
@@ -63,8 +64,8 @@ def feeds(runner: OnnxRunner, mask: np.ndarray, new: int, start: int = 0) -> dic
     }
 
 
-def test_a_llama_s_graph(bundle: Callable[[str], Path]) -> None:
-    graph = onnx.load(str(bundle("llama") / MODEL), load_external_data=False).graph
+def test_a_llama_s_graph(bundle: Callable[..., Path]) -> None:
+    graph = onnx.load(str(bundle("llama", "none") / MODEL), load_external_data=False).graph
     layers: dict[str, list[str]] = {}
     for node in graph.node:
         assert node.op_type not in {"If", "Loop", "Scan"}
@@ -86,6 +87,26 @@ def test_a_llama_s_graph(bundle: Callable[[str], Path]) -> None:
     for value in (*graph.input, *graph.output, *graph.value_info):
         for dim in value.type.tensor_type.shape.dim:
             assert "DynamicDimension" not in dim.dim_param
+
+
+def test_a_llama_s_fused_graph(bundle: Callable[..., Path]) -> None:
+    model = onnx.load(str(bundle("llama") / MODEL), load_external_data=False)
+    layers: dict[str, list[str]] = {}
+    for node in model.graph.node:
+        assert node.domain == ""
+        if match := LAYER.fullmatch(node.name):
+            layers.setdefault(match[1], []).append(node.name)
+    for index, names in layers.items():
+        layer = f"/model/layers.{index}"
+        assert len(names) <= MAX_FUSED_NODES_PER_LAYER
+        assert {
+            f"{layer}/input_layernorm/RMSNormalization",
+            f"{layer}/post_attention_layernorm/RMSNormalization",
+            f"{layer}/self_attn/Attention",
+        } <= {*names}
+        assert sum("RotaryEmbedding" in name for name in names) == 2
+    assert model.graph.node[-1].name == "/lm_head/MatMul"
+    assert [(i.domain, i.version) for i in model.opset_import] == [("", 23)]
 
 
 def test_fused_projections_keep_their_names(bundle: Callable[[str], Path]) -> None:

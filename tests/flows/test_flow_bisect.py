@@ -179,6 +179,51 @@ class Side:
     expectation: Expectation
 
 
+def attribute(name: str, key: str, value: float) -> Fault:
+    def apply(model: onnx.ModelProto) -> None:
+        node = next(n for n in model.graph.node if n.name == name)
+        kept = [a for a in node.attribute if a.name != key]
+        assert len(kept) == len(node.attribute) - 1
+        del node.attribute[:]
+        node.attribute.extend([*kept, onnx.helper.make_attribute(key, value)])
+
+    return apply
+
+
+FUSED_FAULTS: dict[str, tuple[Fault, Wanted]] = {
+    "one weight in half precision": FAULTS["one weight in half precision"],
+    "epsilon of one norm": (
+        attribute("/model/layers.1/input_layernorm/RMSNormalization", "epsilon", 1e-4),
+        Wanted(
+            f"{LAYER}.input_layernorm",
+            "output",
+            1,
+            "/model/layers.1/input_layernorm/RMSNormalization",
+        ),
+    ),
+    "scale of the scores": (
+        attribute("/model/layers.1/self_attn/Attention", "scale", 0.3),
+        Wanted(f"{LAYER}.self_attn.o_proj", "input", 12, "/model/layers.1/self_attn/Attention"),
+    ),
+    "last norm": (
+        FAULTS["last norm"][0],
+        Wanted("llama.norm", "output", 1, "/model/norm/RMSNormalization", "is off by"),
+    ),
+    "head": FAULTS["head"],
+}
+
+
+@pytest.fixture(scope="module")
+def plain_bundle(
+    tiny_llama: Path, tiny_adapter: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The nodes that most faults are put into are those of a graph that is not fused."""
+    folder = tmp_path_factory.mktemp("plain") / "out"
+    options = ExportOptions(fuse="none", validate=False)
+    peft_deploy.export(tiny_llama, folder, adapter=tiny_adapter, options=options)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def trained(merged_bundle: Path, tiny_llama: Path, tiny_adapter: Path) -> Side:
     source = from_folders(tiny_llama, tiny_adapter)
@@ -214,10 +259,20 @@ def weights_differ(bundle: Path, other: Path) -> bool:
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_is_found_where_it_is(
+    name: str, trained: Side, plain_bundle: Path, tmp_path: Path
+) -> None:
+    find(*FAULTS[name], trained, plain_bundle, tmp_path)
+
+
+@pytest.mark.parametrize("name", FUSED_FAULTS)
+def test_a_fault_in_a_fused_graph_is_found_where_it_is(
     name: str, trained: Side, merged_bundle: Path, tmp_path: Path
 ) -> None:
-    fault, wanted = FAULTS[name]
-    folder = broken(merged_bundle, tmp_path / "broken", fault)
+    find(*FUSED_FAULTS[name], trained, merged_bundle, tmp_path)
+
+
+def find(fault: Fault, wanted: Wanted, trained: Side, bundle: Path, tmp_path: Path) -> None:
+    folder = broken(bundle, tmp_path / "broken", fault)
     found = checked(trained, folder, tmp_path / "reproduction").finding
     assert found is not None
     assert (found.module, found.what) == (wanted.module, wanted.what), str(found)
@@ -240,18 +295,21 @@ def test_a_fault_is_found_where_it_is(
     assert off > 0
 
 
-def test_nothing_is_found_in_a_good_bundle(trained: Side, merged_bundle: Path) -> None:
+def test_nothing_is_found_in_a_good_bundle(
+    trained: Side, merged_bundle: Path, plain_bundle: Path
+) -> None:
     """Every module that can be compared is right, in every case of the matrix."""
     names = trained.source.family.names(trained.source.config)
     cases = trained.expectation.matrix.cases
-    assert locate(merged_bundle, trained.reference, trained.expectation, cases, names) is None
+    for bundle in (merged_bundle, plain_bundle):
+        assert locate(bundle, trained.reference, trained.expectation, cases, names) is None
 
 
 def test_the_command_says_where(
-    merged_bundle: Path, tiny_llama: Path, tiny_adapter: Path, tmp_path: Path
+    plain_bundle: Path, tiny_llama: Path, tiny_adapter: Path, tmp_path: Path
 ) -> None:
     fault, wanted = FAULTS["weight scaled by 1.01"]
-    folder = broken(merged_bundle, tmp_path / "broken", fault)
+    folder = broken(plain_bundle, tmp_path / "broken", fault)
     options = ["--base", tiny_llama, "--adapter", tiny_adapter, "--bisect", tmp_path / "found"]
     result = CliRunner().invoke(validate_command, [str(folder), *map(str, options)])
     assert result.exit_code == 7

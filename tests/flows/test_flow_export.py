@@ -121,6 +121,16 @@ def test_other_opsets_pass_the_check(
     )
     assert result.parity is not None and result.parity.passed
     assert ir.load(tmp_path / "out" / "model.onnx").opset_imports[""] == opset
+    assert result.manifest is not None
+    assert "fused" not in result.manifest.graph  # the operators are of a later set
+
+
+def test_plain_graphs_are_of_opset_17(tiny_llama: Path, tmp_path: Path) -> None:
+    options = ExportOptions(fuse="none")
+    result = peft_deploy.export(tiny_llama, tmp_path / "out", options=options)
+    assert result.parity is not None and result.parity.passed
+    assert result.manifest is not None and result.manifest.opset == 17
+    assert ir.load(tmp_path / "out" / "model.onnx").opset_imports[""] == 17
 
 
 @pytest.mark.parametrize(

@@ -227,6 +227,11 @@ def test_cuda_needs_a_paddle_that_has_it(exported: Any) -> None:
     [
         ({"format": "tflite"}, "'tflite' is unknown; it can be onnx or paddle"),
         ({"format": "paddle", "opset": 13}, "opset 13 was asked for"),
+        ({"format": "paddle", "fuse": "onnx"}, "puts ONNX's operators together"),
+        ({"fuse": "all"}, "fuse 'all' is unknown; it can be none, onnx, ort"),
+        ({"fuse": "onnx", "opset": 17}, "--fuse onnx makes operators of opset 23, and opset 17"),
+        ({"fuse": "none", "opset": 23}, "opset 23 is for fused graphs"),
+        ({"opset": 22}, "opset 22 cannot be made; choose 13 to 21, or 23"),
         ({"format": "paddle", "adapters": "runtime"}, "Paddle's static format does not have"),
         ({"format": "paddle", "prefix_slots": True}, "Paddle's static format does not have"),
     ],

@@ -79,8 +79,10 @@ def make_folders(
 
 
 def export(made: Exported) -> Exported:
-    """Writes the bundle."""
-    options = ExportOptions(validate=False, adapters=RUNTIME if made.at_run_time else None)
+    """Writes the bundle. Its graph is not fused: faults are put into single steps of it."""
+    options = ExportOptions(
+        fuse="none", validate=False, adapters=RUNTIME if made.at_run_time else None
+    )
     peft_deploy.export(made.folder / "base", made.bundle, adapter=made.adapters, options=options)
     return made
 

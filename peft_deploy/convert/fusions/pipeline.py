@@ -22,6 +22,7 @@ from peft_deploy.convert.fusions.skip_normalization import (
     SKIP_LAYER_NORMALIZATION,
     SKIP_RMS_NORMALIZATION,
 )
+from peft_deploy.convert.onnx_ir_log import quiet_onnx_ir
 from peft_deploy.convert.opset import declare_fused
 
 FUSIONS: tuple[Fusion, ...] = (
@@ -63,7 +64,8 @@ def run_fusions(model: ir.Model, level: str) -> FusionReport:
             why = reasons.setdefault(fusion.name, {})
             count = fusion.apply(model, why)
             report.fused[fusion.name] = report.fused.get(fusion.name, 0) + count
-    common.RemoveUnusedNodesPass()(model)
+    with quiet_onnx_ir():
+        common.RemoveUnusedNodesPass()(model)
     for fusion in fusions:
         _name_plain(model, fusion, reasons[fusion.name], report)
     return report
