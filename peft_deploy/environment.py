@@ -122,6 +122,34 @@ def _is_amd() -> bool:
         return False
 
 
+def available_memory() -> int | None:
+    """Bytes that can be had without swapping, by the system and by this process's group; None where nobody says."""
+    found = [_free_in_system(), _free_in_group()]
+    known = [size for size in found if size is not None]
+    return min(known, default=None)
+
+
+def _free_in_system() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
+    except OSError:
+        return None
+    fields = dict(line.split(":", 1) for line in lines)
+    return 1024 * int(fields["MemAvailable"].split()[0]) if "MemAvailable" in fields else None
+
+
+def _free_in_group() -> int | None:
+    """What a container's limit leaves, its page cache counted as free."""
+    folder = Path("/sys/fs/cgroup")
+    try:
+        limit = (folder / "memory.max").read_text("ascii").strip()
+        used = int((folder / "memory.current").read_text("ascii"))
+        fields = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return None
+    return None if limit == "max" else int(limit) - used + int(fields.get("file", 0))
+
+
 def _silence_paddle() -> None:
     with _quiet_import():
         importlib.import_module("paddlenlp")

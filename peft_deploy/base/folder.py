@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -117,9 +117,41 @@ class BaseModel:
         config = with_pooling(self.family, self.config, self.path, asked)
         return replace(self, config=config, family=find_family(config))
 
+    def with_layers(self, layers: Sequence[int]) -> BaseModel:
+        """A model of some of this one's layers, with its embeddings and its head.
+
+        Args:
+            layers: their indices, in order.
+
+        Raises:
+            UnsupportedModelError: the configuration does not say where others do how many layers there are.
+        """
+        config = self.family.with_num_layers(self.config, len(layers))
+        return _ShortenedModel(self.path, config, self.family, self, tuple(layers))
+
     def companions(self) -> list[Path]:
         """Tokenizer and generation files that are there."""
         return companions_in(self.path)
+
+
+@dataclass(frozen=True)
+class _ShortenedModel(BaseModel):
+    """Some layers of another model.
+
+    Args:
+        whole: that model.
+        layers: its indices of these layers.
+    """
+
+    whole: BaseModel
+    layers: tuple[int, ...]
+
+    @cached_property
+    def tensors(self) -> CanonicalTensors:
+        """The weights of these layers and of what is around them, the layers counted anew."""
+        known = set(self.whole.tensors.names())
+        names = self.names.with_layers(self.layers)
+        return self.whole.tensors.renamed({n: old for n, old in names.items() if old in known})
 
 
 def companions_in(folder: Path) -> list[Path]:

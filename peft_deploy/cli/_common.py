@@ -20,6 +20,21 @@ from peft_deploy.errors import PeftDeployError
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+def _layer_count(_context: click.Context, _option: click.Parameter, text: str | None) -> Any:
+    return int(text) if text is not None and text.isdecimal() else text
+
+
+def layers_option(command: F) -> F:
+    """Adds ``--validate-layers``, passed on as ``validate_layers``: a number, a text, or None."""
+    return click.option(
+        "--validate-layers",
+        metavar="N|all",
+        callback=_layer_count,
+        help="Compute with N layers only, the first and the last among them, and compare the structure and the "
+        "weights of all. Default: all layers, or as many as fit into memory.",
+    )(command)
+
+
 def common_options(command: F) -> F:
     """Adds ``--json`` (passed on as ``as_json``) and ``--debug``, and turns errors into exit codes.
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from peft_deploy.cli._common import common_options, emit_json, say
+from peft_deploy.cli._common import common_options, emit_json, layers_option, say
 from peft_deploy.config.export import ALL_LINEAR, FORMATS, FUSE_LEVELS, ONNX, RUNTIME
 from peft_deploy.config.precision import FP32, PRECISIONS
 
@@ -93,6 +93,7 @@ if TYPE_CHECKING:
     help="Of the sentence embeddings of an encoder; default: as its folder says.",
 )
 @click.option("--no-validate", is_flag=True, help="Leave out the check against the dynamic graph.")
+@layers_option
 @click.option(
     "--cases",
     type=click.Path(path_type=Path),
@@ -131,6 +132,7 @@ def export_command(
     precision: str,
     pooling: str | None,
     no_validate: bool,
+    validate_layers: int | str | None,
     cases: Path | None,
     record_reference: bool,
     report: Path | None,
@@ -175,6 +177,7 @@ def export_command(
         precision=precision,
         pooling=pooling,
         validate=not no_validate,
+        validate_layers=validate_layers,
         keep_failed=keep_failed,
         cases=cases,
         record_reference=record_reference,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from peft_deploy.cli._common import common_options, emit_json, say
+from peft_deploy.cli._common import common_options, emit_json, layers_option, say
 
 
 @click.command("validate")
@@ -37,6 +37,7 @@ from peft_deploy.cli._common import common_options, emit_json, say
     metavar="DIR",
     help="Find the layer, module and operators at fault, and put them into a folder that shows it.",
 )
+@layers_option
 @click.option(
     "--report",
     "report_folder",
@@ -53,6 +54,7 @@ def validate_command(
     seed: int,
     cases: Path | None,
     bisect: Path | None,
+    validate_layers: int | str | None,
     report_folder: Path | None,
     as_json: bool,
 ) -> None:
@@ -77,6 +79,7 @@ def validate_command(
             seed=seed,
             cases=cases,
             bisect=bisect,
+            layers=validate_layers,
             progress=progress,
         )
     if report_folder is not None:

@@ -13,6 +13,7 @@ ONNX, PADDLE = "onnx", "paddle"
 FORMATS = (ONNX, PADDLE)
 RUNTIME = "runtime"
 ALL_LINEAR = "all-linear"
+ALL_LAYERS = "all"
 # How far small operators are put together: not at all, into standard operators, or into onnxruntime's own, too.
 PLAIN, FUSED, FUSED_ORT = "none", "onnx", "ort"
 FUSE_LEVELS = (PLAIN, FUSED, FUSED_ORT)
@@ -57,6 +58,8 @@ class ExportOptions:
         record_reference: keep what the dynamic graph says in the bundle, so that the check can be repeated without
             Paddle and the base model.
         report: a folder for the check's report.
+        validate_layers: how many layers the check computes with, or ``"all"``; None computes with all where they fit
+            into memory, and with as many as do otherwise.
 
     Raises:
         ConfigError: a value that cannot be used.
@@ -80,6 +83,7 @@ class ExportOptions:
     cases: Path | None = None
     record_reference: bool = False
     report: Path | None = None
+    validate_layers: int | str | None = None
 
     @property
     def keeps_adapters(self) -> bool:
@@ -119,6 +123,7 @@ class ExportOptions:
     def __post_init__(self) -> None:
         self._check_slots()
         self._check_bank()
+        self._check_layers()
         self._check_fusion()
         self._check_precision()
         if self.format not in FORMATS:
@@ -136,6 +141,7 @@ class ExportOptions:
             "--cases": self.cases is not None,
             "--record-reference": self.record_reference,
             "--report": self.report is not None,
+            "--validate-layers": self.validate_layers is not None,
         }
         if wrong := [name for name, given in of_check.items() if given and not self.validate]:
             raise ConfigError(f"{wrong[0]} needs the check that --no-validate leaves out")
@@ -172,6 +178,14 @@ class ExportOptions:
             raise ConfigError(
                 f"opset {self.opset} is for fused graphs; what is not fused is of {OPSETS.start} to {OPSETS.stop - 1}",
                 hint=f"add --fuse {FUSED}, or leave --opset out",
+            )
+
+    def _check_layers(self) -> None:
+        check_layer_count(self.validate_layers)
+        if isinstance(self.validate_layers, int) and self.record_reference:
+            raise ConfigError(
+                "a check of some layers records nothing that a later one of the whole bundle could use",
+                hint="leave --record-reference or --validate-layers out",
             )
 
     def _check_slots(self) -> None:
@@ -232,3 +246,16 @@ class ExportOptions:
                 "a bank gives each row of a batch its own LoRA adapter, which it cannot do with prefixes",
                 hint="leave --prefix-slots out: the bundle takes prefixes as past_key_values, for all rows",
             )
+
+
+def check_layer_count(asked: int | str | None) -> None:
+    """Passes for what ``validate_layers`` can be.
+
+    Raises:
+        ConfigError: something else.
+    """
+    count = isinstance(asked, int) and not isinstance(asked, bool) and asked >= 1
+    if not count and asked not in (None, ALL_LAYERS):
+        raise ConfigError(
+            f"--validate-layers is {asked!r}; it has to be a number of layers, at least 1, or {ALL_LAYERS}"
+        )

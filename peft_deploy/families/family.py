@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from peft_deploy.errors import UnsupportedModelError
 from peft_deploy.signature import GraphSignature, causal_lm_signature
 
 if TYPE_CHECKING:
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from peft_deploy.families.names import NameMap
     from peft_deploy.families.packing import PackRule
     from peft_deploy.families.parallel import ParallelRule
+
+# Under which names configurations keep the number of layers, the usual one first.
+LAYER_KEYS = ("num_hidden_layers", "num_layers", "n_layer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +117,24 @@ class Family(ABC):
     @abstractmethod
     def dims(self, config: Mapping[str, Any]) -> ModelDims:
         """The sizes, from config.json."""
+
+    def with_num_layers(self, config: Mapping[str, Any], count: int) -> dict[str, Any]:
+        """The configuration of a model that differs in its number of layers only.
+
+        Args:
+            config: config.json.
+            count: layers of the other model.
+
+        Raises:
+            UnsupportedModelError: the configuration does not say how many layers the model has where others do.
+        """
+        present = [key for key in LAYER_KEYS if config.get(key) is not None]
+        changed = {**config, **dict.fromkeys(present or LAYER_KEYS[:1], count)}
+        if self.dims(changed).num_layers != count:
+            raise UnsupportedModelError(
+                f"the number of layers of a {self.model_type} model is not in {', '.join(LAYER_KEYS)}"
+            )
+        return changed
 
     def context_length(self, config: Mapping[str, Any]) -> int | None:
         """The most tokens that the model can see, new ones included; None where there is no such limit."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -117,6 +117,25 @@ class NameMap:
         if "{i}" not in template:
             return [template]
         return [template.replace("{i}", str(i)) for i in range(num_layers)]
+
+    def with_layers(self, layers: Sequence[int]) -> dict[str, str]:
+        """PaddleNLP's names of the parameters of a model that has only some layers of another one.
+
+        Args:
+            layers: the other model's indices of these layers, in order.
+
+        Returns:
+            Parameter → the other model's parameter that it is.
+        """
+        found: dict[str, str] = {}
+        for rule in self.rules:
+            if "{i}" not in rule.paddle:
+                found[rule.paddle] = rule.paddle
+                continue
+            for new, old in enumerate(layers):
+                name = rule.paddle.replace("{i}", str(new))
+                found[name] = rule.paddle.replace("{i}", str(old))
+        return found
 
     def module_to_huggingface(self, paddle: str) -> str:
         """Hugging Face's path of a module, for names of nodes; the same path when no parameter lies under it."""

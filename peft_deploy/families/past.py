@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from peft_deploy.errors import UnsupportedModelError
-from peft_deploy.families.family import Family
+from peft_deploy.families.family import LAYER_KEYS, Family
 from peft_deploy.families.registry import find_family
 
 
@@ -102,7 +102,6 @@ class PastDims:
 
 
 # Under which names the configurations of PaddleNLP's models keep the sizes, the usual one first.
-_LAYERS = ("num_hidden_layers", "num_layers", "n_layer")
 _HIDDEN = ("hidden_size", "n_embed", "n_embd", "d_model")
 _HEADS = ("num_attention_heads", "n_head", "num_heads")
 _KV_HEADS = ("num_key_value_heads", "multi_query_group_num", "num_kv_heads")
@@ -169,7 +168,7 @@ def _from_usual_keys(config: Mapping[str, Any], rule: PastRule | None) -> PastDi
     if rule is not None and rule.max_positions and not any(map(config.get, _ROPE_SCALING)):
         limit = _first(config, (rule.max_positions,))
     return PastDims(
-        num_layers=_first(config, _LAYERS),
+        num_layers=_first(config, LAYER_KEYS),
         hidden_size=hidden,
         num_heads=heads,
         num_kv_heads=_first(config, _KV_HEADS) or heads,

@@ -5,7 +5,7 @@ Needs Paddle; imported by whoever needs it, never by the package.
 
 from __future__ import annotations
 
-from peft_deploy.environment import debugging, require_paddle
+from peft_deploy.environment import available_memory, debugging, require_paddle
 
 require_paddle("the reference side of a parity check")
 
@@ -13,7 +13,6 @@ import copy
 import warnings
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -103,7 +102,7 @@ class PaddleReference:
 
     def _fits_exactly(self) -> bool:
         size = 8 * sum(p.size for p in self.model.parameters())
-        free = _free_memory()
+        free = available_memory()
         return size <= MAX_EXACT_BYTES and (free is None or size <= free / 2)
 
     def without_adapters(self) -> PaddleReference | None:
@@ -175,16 +174,6 @@ class _WithoutAdapter(PaddleReference):
     ) -> dict[str, Array]:
         with adapter_off(self.model):
             return super().run(feeds, outputs)
-
-
-def _free_memory() -> int | None:
-    """Bytes that can be had without swapping; None where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
-    except OSError:
-        return None
-    fields = dict(line.split(":", 1) for line in lines)
-    return 1024 * int(fields["MemAvailable"].split()[0]) if "MemAvailable" in fields else None
 
 
 @contextmanager

@@ -21,6 +21,27 @@ FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
+class CheckedLayers:
+    """Which layers of a model were computed with, where it was not the whole model.
+
+    Args:
+        indices: of these layers.
+        total: how many the model has.
+    """
+
+    indices: tuple[int, ...]
+    total: int
+
+    def __str__(self) -> str:
+        listed = ", ".join(map(str, self.indices))
+        return f"layers {listed} of {self.total}, put together to one model"
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready form."""
+        return {"checked": list(self.indices), "total": self.total}
+
+
+@dataclass(frozen=True)
 class ParityReport:
     """The result of a parity check.
 
@@ -38,6 +59,7 @@ class ParityReport:
         parts: the same graph with something else active (``"prefix poet"``) → the report of that.
         finding: where the bundle goes wrong, if that was looked for and found.
         loss: what a lower precision costs; None in fp32.
+        layers: which of the model's layers were computed with; None for all of them.
     """
 
     cases: tuple[CaseResult, ...]
@@ -53,6 +75,7 @@ class ParityReport:
     parts: Mapping[str, ParityReport] = field(default_factory=dict)
     finding: Finding | None = None
     loss: Loss | None = None
+    layers: CheckedLayers | None = None
 
     @property
     def passed(self) -> bool:
@@ -108,6 +131,8 @@ class ParityReport:
             data["finding"] = self.finding.to_dict()
         if self.loss is not None:
             data["loss"] = self.loss.to_dict()
+        if self.layers is not None:
+            data["layers"] = self.layers.to_dict()
         if self.parts:
             data["parts"] = {name: part.to_dict(full) for name, part in self.parts.items()}
         if self.effect is not None:

@@ -60,9 +60,10 @@ def closing_sentence(report: ParityReport) -> str:
         worst = report.worst
         share = f", the worst at {worst[2].used:.0%} of its limit" if worst else ""
         also = f"; so do those with {', '.join(report.parts)}" if report.parts else ""
+        only = f" ({report.layers})" if report.layers else ""
         return (
             f"Parity passed: {outputs} outputs in {len(report.cases)} cases agree with the "
-            f"Paddle model{share}{_generated(report.generation)}{also}."
+            f"Paddle model{only}{share}{_generated(report.generation)}{also}."
         )
     if report.passed_alone:
         wrong = [name for name, part in report.parts.items() if not part.passed]

@@ -45,6 +45,8 @@ EXECUTION_PROVIDERS: dict[str, str] = {
 
 _QUIET = 4  # only what ends the process; errors arrive as exceptions with the same words
 _WARNINGS = 2
+# Where onnxruntime is to look for the weights of a model that it gets as bytes.
+_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 class OnnxRunner:
@@ -56,6 +58,7 @@ class OnnxRunner:
             a lone file what the file itself declares.
         provider: ``"cpu"`` or ``"cuda"``.
         threads: threads within one operator; None leaves it to onnxruntime (all cores).
+        graph: a serialized model to run in place of the file's, with weights beside that file.
 
     Raises:
         MissingExtraError: onnxruntime is not installed.
@@ -72,6 +75,7 @@ class OnnxRunner:
         *,
         provider: str = "cpu",
         threads: int | None = None,
+        graph: bytes | None = None,
     ) -> None:
         path = Path(model)
         self._positions: int | None = None
@@ -88,7 +92,7 @@ class OnnxRunner:
         _require_kernels(path, signature, dtype, provider)
         self.path = path
         self.provider = provider
-        self._session = _open(path, provider, threads)
+        self._session = _open(path, provider, threads, graph)
         declared = _declared_signature(self._session)
         self._has_bank = ADAPTER_IDS in declared.input_names
         if signature is not None:
@@ -230,7 +234,9 @@ class OnnxRunner:
         return binding
 
 
-def _open(path: Path, provider: str, threads: int | None) -> ort.InferenceSession:
+def _open(
+    path: Path, provider: str, threads: int | None, graph: bytes | None
+) -> ort.InferenceSession:
     check_choices(provider, threads)
     require_onnxruntime()
     check_external_data(path)
@@ -245,7 +251,9 @@ def _open(path: Path, provider: str, threads: int | None) -> ort.InferenceSessio
     if provider == "cuda":
         ort.preload_dlls()  # CUDA's libraries may come from pip
     try:
-        session = ort.InferenceSession(str(path), options, providers=[wanted])
+        if graph is not None:
+            options.add_session_config_entry(_WEIGHTS_FOLDER, str(path.parent))
+        session = ort.InferenceSession(graph or str(path), options, providers=[wanted])
     except Exception as exc:  # onnxruntime's errors have no common base of their own
         raise ExecutionError(f"onnxruntime cannot load {path}: {_reason(exc)}") from exc
     _require_provider(wanted, session.get_providers(), started=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -99,6 +100,16 @@ class CanonicalTensors:
             size = data.shape[-1] // origin.blocks
             return data[..., origin.block * size : (origin.block + 1) * size]
         return data.T if origin.transpose else data
+
+    def renamed(self, names: Mapping[str, str]) -> CanonicalTensors:
+        """Some of the tensors under other names.
+
+        Args:
+            names: new name → the one that the tensor has here.
+        """
+        twin = copy.copy(self)
+        twin._origins = {new: self._origins[old] for new, old in names.items()}
+        return twin
 
     def fingerprint(self) -> str:
         """Identifies the weights whatever form they are stored in; see :mod:`~.fingerprint`."""

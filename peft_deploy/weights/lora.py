@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from peft_deploy.errors import AdapterError
 from peft_deploy.weights.blocks import contiguous, row_blocks
-from peft_deploy.weights.cast import check_float, is_float, round_to
+from peft_deploy.weights.cast import all_finite, check_float, is_float, round_to
 from peft_deploy.weights.pieces import Task, in_order
 from peft_deploy.weights.source import DTYPES, Array
 
@@ -149,7 +149,7 @@ def _merge_block(
         product *= product.dtype.type(scaling)
         product += block.astype(product.dtype, copy=False)
         result = round_to(product, target)
-    if np.isfinite(result).all():
+    if all_finite(result):
         return result
     if not np.isfinite(block).all():
         raise AdapterError(f"{name}: the base weight itself holds a NaN or an infinity")

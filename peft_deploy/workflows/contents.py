@@ -63,7 +63,6 @@ def fill_bundle(
     losses: dict[str, RoundingLoss] = {}
     precision = options.arithmetic
     parts = written_parts(source, precision, losses, pack=options.packs)
-    fingerprint = source.fingerprint()
     folder.require_space(sum(part.nbytes for part in parts))
     with ExitStack() as stack:
         files = [
@@ -71,6 +70,7 @@ def fill_bundle(
         ]
         for part, file in zip(parts, files, strict=True):
             stream_weights(part.tensors, file, clock)  # while the child traces
+        fingerprint = source.fingerprint()  # now that what it looks at has just been read
         converted = job.result(clock.phase)
         clock.phase("Finishing the graph")
         source.check(converted.shapes)

@@ -130,7 +130,8 @@ def export(
         manifest = fill_bundle(folder, source, job, options, clock)
         report = None
         if options.validate:
-            manifest, report = _validate(folder, source, manifest, options, extras, clock)
+            given = base if isinstance(base, BaseModel) else None
+            manifest, report = _validate(folder, source, given, manifest, options, extras, clock)
             _require_passed(report, options)
         folder.commit()
     return ExportResult(output, manifest, report, clock.done(), _peak())
@@ -219,6 +220,7 @@ def _source(
 def _validate(
     folder: BundleFolder,
     source: ExportSource,
+    base: BaseModel | None,
     manifest: Manifest,
     options: ExportOptions,
     extras: CheckExtras,
@@ -227,6 +229,7 @@ def _validate(
     clock.phase("Preparing the check")
     from peft_deploy.workflows.check_adapters import check_adapters
     from peft_deploy.workflows.check_bundle import check_bundle
+    from peft_deploy.workflows.check_layers import check_layers, plan_layers
     from peft_deploy.workflows.check_loss import KnownText, add_loss, read_in_float32
     from peft_deploy.workflows.check_prefixes import check_prefixes
     from peft_deploy.workflows.check_weights import check_weights
@@ -234,22 +237,29 @@ def _validate(
     from peft_deploy.workflows.recorded_reference import keep_recordings
     from peft_deploy.workflows.rounded_reference import load_stored
 
-    known: list[KnownText] = []
-    reference = load_stored(
-        source,
-        options.precision,
-        clock,
-        before=lambda model: known.append(read_in_float32(model, folder.path, source)),
-    )
-    report = check_bundle(
-        folder.path, reference, source.family, source.config, progress=clock, extras=extras
-    )
-    report = check_weights(report, folder.path, source, progress=clock)
-    report = check_prefixes(report, folder.path, reference, source, progress=clock, extras=extras)
-    del reference  # the check of an adapter loads a model of its own
-    report = check_adapters(report, folder.path, source, progress=clock, extras=extras)
-    if known:
-        report = add_loss(report, known[0], folder.path)
+    count = plan_layers(options.validate_layers, source, manifest)
+    if base is not None and count is not None:
+        report = check_layers(folder.path, source, base, count, progress=clock, extras=extras)
+        report = check_weights(report, folder.path, source, progress=clock)
+    else:
+        known: list[KnownText] = []
+        reference = load_stored(
+            source,
+            options.precision,
+            clock,
+            before=lambda model: known.append(read_in_float32(model, folder.path, source)),
+        )
+        report = check_bundle(
+            folder.path, reference, source.family, source.config, progress=clock, extras=extras
+        )
+        report = check_weights(report, folder.path, source, progress=clock)
+        report = check_prefixes(
+            report, folder.path, reference, source, progress=clock, extras=extras
+        )
+        del reference  # the check of an adapter loads a model of its own
+        report = check_adapters(report, folder.path, source, progress=clock, extras=extras)
+        if known:
+            report = add_loss(report, known[0], folder.path)
     if options.record_reference and report.passed:
         manifest = keep_recordings(folder, manifest, report, extras.recordings)
     manifest = replace(manifest, parity=report.to_dict())

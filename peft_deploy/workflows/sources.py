@@ -154,11 +154,19 @@ def from_folders(
 def _with_adapter(layer: nn.Layer, adapter: Adapter) -> nn.Layer:
     from peft_deploy.adapters.lora import LoRAModel
 
-    if detect(adapter.path)[0] is AdapterFormat.PADDLE:
-        adapted = LoRAModel.from_pretrained(layer, adapter.path)
-    else:  # what was read, in the form that PaddleNLP's format would have; the reference is float32
-        adapted = LoRAModel(layer, replace(adapter.config, dtype=EXPORT_DTYPE))
-        adapted.set_state_dict(adapter.state)
+    if detect(adapter.path)[0] is not AdapterFormat.PADDLE:
+        return with_adapter_read(layer, adapter)
+    adapted = LoRAModel.from_pretrained(layer, adapter.path)
+    adapted.eval()
+    return adapted
+
+
+def with_adapter_read(layer: nn.Layer, adapter: Adapter) -> nn.Layer:
+    """A model with an adapter as it was read, in the form that PaddleNLP's format would have, in float32."""
+    from peft_deploy.adapters.lora import LoRAModel
+
+    adapted = LoRAModel(layer, replace(adapter.config, dtype=EXPORT_DTYPE))
+    adapted.set_state_dict(adapter.state)
     adapted.eval()
     return adapted
 

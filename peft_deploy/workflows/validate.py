@@ -9,7 +9,7 @@ from peft_deploy.base import BaseModel, open_base
 from peft_deploy.base.folder import CONFIG
 from peft_deploy.base.pooling import NO_POOLING
 from peft_deploy.bundle import Manifest
-from peft_deploy.config.export import RUNTIME
+from peft_deploy.config.export import ALL_LAYERS, RUNTIME, check_layer_count
 from peft_deploy.config.json_file import read_object
 from peft_deploy.environment import require_paddle
 from peft_deploy.errors import BundleError, ConfigError
@@ -20,6 +20,7 @@ from peft_deploy.workflows.bisect import check_bisectable, with_finding
 from peft_deploy.workflows.check_adapters import check_adapters
 from peft_deploy.workflows.check_bundle import check_bundle
 from peft_deploy.workflows.check_extras import CheckExtras, read_cases
+from peft_deploy.workflows.check_layers import check_layers, plan_layers
 from peft_deploy.workflows.check_loss import KnownText, add_loss, read_in_float32
 from peft_deploy.workflows.check_prefixes import check_prefixes
 from peft_deploy.workflows.check_weights import check_weights
@@ -41,6 +42,7 @@ def validate(
     seed: int = 0,
     cases: str | Path | None = None,
     bisect: str | Path | None = None,
+    layers: int | str | None = None,
     progress: Progress | None = None,
 ) -> ParityReport:
     """Checks a bundle against the folders that it was made of. A bundle that fails is no error.
@@ -58,6 +60,8 @@ def validate(
             ``prompt`` or with ``ids``.
         bisect: a folder for the part of the graph that is at fault, should the bundle fail; the report then says
             where that is.
+        layers: how many layers the check computes with, or ``"all"``; None computes with all where they fit into
+            memory, and with as many as do otherwise.
         progress: is told about every phase.
 
     Raises:
@@ -73,10 +77,11 @@ def validate(
         >>> report.passed  # doctest: +SKIP
         True
     """
+    check_layer_count(layers)
     folder, progress = Path(bundle).expanduser(), progress or Silent()
     manifest = Manifest.read(folder)
     if base is None:
-        _check_recorded_options(adapter, seed, cases, bisect)
+        _check_recorded_options(adapter, seed, cases, bisect, layers)
         recordings = read_recordings(folder, manifest)
         return check_recorded(folder, manifest, recordings, provider=provider, progress=progress)
     if bisect is not None:
@@ -98,9 +103,28 @@ def validate(
     own = [] if cases is None else read_cases(Path(cases), folder)
     extras = CheckExtras(own, record=bisect is not None, bounded=False)
     kept = any(entry.get("mode") == RUNTIME for entry in manifest.adapters)
-    source = from_folders(_as_exported(base, folder), adapter, keep=kept)
+    base = _as_exported(base, folder)
+    source = from_folders(base, adapter, keep=kept)
     progress.phase("Comparing fingerprints")
     check_origin(manifest, source)
+    count = plan_layers(layers, source, manifest)
+    if count is not None:
+        if bisect is not None:
+            raise ConfigError(
+                "--bisect looks at the whole model, which was not asked for or does not fit into memory",
+                hint=f"leave it out, or check all layers: --validate-layers {ALL_LAYERS}",
+            )
+        report = check_layers(
+            folder,
+            source,
+            base,
+            count,
+            provider=provider,
+            seed=seed,
+            progress=progress,
+            extras=extras,
+        )
+        return check_weights(report, folder, source, progress=progress)
     known: list[KnownText] = []
     model = load_stored(
         source,
@@ -127,13 +151,18 @@ def validate(
 
 
 def _check_recorded_options(
-    adapter: Adapters, seed: int, cases: str | Path | None, bisect: str | Path | None
+    adapter: Adapters,
+    seed: int,
+    cases: str | Path | None,
+    bisect: str | Path | None,
+    layers: int | str | None,
 ) -> None:
     given = {
         "an adapter": adapter is not None,
         "a seed": seed != 0,
         "cases": cases is not None,
         "bisect": bisect is not None,
+        "a number of layers": layers is not None,
     }
     if wrong := [name for name, value in given.items() if value]:
         raise ConfigError(

@@ -3,6 +3,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 
+import ml_dtypes
 import numpy as np
 import pytest
 from weights_family import ArrayTensors
@@ -18,6 +19,7 @@ from peft_deploy.weights import (
     contiguous,
     lora_delta,
 )
+from peft_deploy.weights.cast import all_finite
 from peft_deploy.weights.pieces import Task, in_order, pieces_of
 
 
@@ -89,3 +91,13 @@ def test_results_come_in_order_and_only_a_few_tasks_run_ahead() -> None:
     results.close()
     assert not [t for t in threading.enumerate() if t.name == "peft-deploy_0" and t.is_alive()]
     assert list(in_order(tasks())) == list(range(100))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan, -np.nan])
+def test_one_value_that_is_not_finite_is_found_in_any_type(dtype: str, bad: float) -> None:
+    largest = float(ml_dtypes.finfo(DTYPES[dtype]).max)
+    values = np.array([[0.0, -0.0], [largest, -largest], [1e-7, -1.5]]).astype(DTYPES[dtype])
+    assert all_finite(values) and all_finite(values.T) and all_finite(values[:0])
+    values[1, 1] = bad
+    assert not all_finite(values) and not all_finite(values.T)
