@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from peft_deploy.base import BaseModel, open_base
 from peft_deploy.bundle import BundleFolder, Manifest
 from peft_deploy.bundle.folder import check_output
-from peft_deploy.config.export import ExportOptions
+from peft_deploy.config.export import ALL_LAYERS, ExportOptions
 from peft_deploy.convert import ConversionJob
 from peft_deploy.environment import require_paddle
 from peft_deploy.errors import ConfigError, ParityError
@@ -239,6 +239,11 @@ def _validate(
 
     count = plan_layers(options.validate_layers, source, manifest)
     if base is not None and count is not None:
+        if options.record_reference:
+            raise ConfigError(
+                "--record-reference needs the check of the whole model, which does not fit into memory",
+                hint=f"leave it out, or take the risk: --validate-layers {ALL_LAYERS}",
+            )
         report = check_layers(folder.path, source, base, count, progress=clock, extras=extras)
         report = check_weights(report, folder.path, source, progress=clock)
     else:
