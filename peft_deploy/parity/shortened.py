@@ -104,8 +104,7 @@ class LayeredGraph:
         return wrong
 
     def _layer(self, node: ir.Node) -> int | None:
-        match = _LAYER.match(node.name or "")
-        return int(match[2]) if match else None
+        return _layer_of(node.name or "")
 
     def _rewire(self, node: ir.Node, skipped: int, before: int) -> None:
         """Lets a node take from one layer what it took from another."""
@@ -169,7 +168,7 @@ class LayeredGraph:
                 attributes = {n: _plain(a) for n, a in node.attributes.items()}
                 made = [self._output_name(v, layer) for v in node.outputs]
                 yield (
-                    self._relative(str(node.name), layer),
+                    _relative(str(node.name), layer),
                     (node.domain, node.op_type, attributes, inputs, made),
                 )
 
@@ -180,7 +179,7 @@ class LayeredGraph:
         if producer is not None:
             place = self._layer(producer)
             where = _OWN if place == layer else _PREVIOUS if place == layer - 1 else place
-            name = self._relative(str(producer.name), -1 if place is None else place)
+            name = _relative(str(producer.name), place)
             return where, name, value.index()
         if value.is_initializer():
             shape = None if value.shape is None else tuple(value.shape)
@@ -190,11 +189,20 @@ class LayeredGraph:
     def _output_name(self, value: ir.Value, layer: int) -> str | None:
         return _anonymous(str(value.name), layer) if value.is_graph_output() else None
 
-    def _relative(self, name: str, layer: int) -> str:
-        match = _LAYER.match(name)
-        if match is None or int(match[2]) != layer:
-            return name
-        return f"{match[1]}.{_ANY}{name[match.end() :]}"
+
+def _layer_of(name: str) -> int | None:
+    """The layer that a node belongs to by its name: of a module's path, or of the weight that it converts."""
+    match = _LAYER.match(name) if name.startswith("/") else _NUMBERED.match(name)
+    return int(match[2]) if match else None
+
+
+def _relative(name: str, layer: int | None) -> str:
+    """A node's name without the index of its layer."""
+    if layer is None or not name.startswith("/"):
+        return name if layer is None else _anonymous(name, layer)
+    match = _LAYER.match(name)
+    assert match is not None
+    return f"{match[1]}.{_ANY}{name[match.end() :]}"
 
 
 def _anonymous(name: str, layer: int) -> str:

@@ -27,7 +27,7 @@ from peft_deploy.workflows.shortened_source import shorten_source
 from peft_deploy.workflows.sources import ExportSource
 
 CASE = "structure of the layers"  # in a report
-_MOST = 4  # layers that are checked when nobody says how many
+_LEAST, _MOST = 2, 4  # layers that are checked when nobody says how many
 _SIDES = (
     2  # that hold the model in float32: Paddle, and onnxruntime with what it makes of the weights
 )
@@ -65,7 +65,7 @@ def plan_layers(asked: int | str | None, source: ExportSource, manifest: Manifes
     layers = source.family.dims(source.config).num_layers
     each = (total - fixed) / layers
     count = int((free - _BESIDES - fixed * _SIDES) / (each * _SIDES))
-    count = max(1, min(count, _MOST, layers))
+    count = min(max(_LEAST, min(count, _MOST)), layers)
     warnings.warn(
         f"checking the whole model takes {(total * _SIDES + _BESIDES) / 1e9:.0f} GB of memory, and "
         f"{free / 1e9:.0f} GB are free: {count} of its {layers} layers are computed, and the others compared with "

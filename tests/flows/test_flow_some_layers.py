@@ -94,6 +94,14 @@ def test_a_layer_that_is_left_out_and_wired_otherwise_is_named(
     )
 
 
+def test_a_graph_in_16_bits_is_taken_apart_like_any_other(
+    base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    options = ExportOptions(validate_layers=2, precision="fp16")
+    result = peft_deploy.export(base, tmp_path / "out", adapter=adapter, options=options)
+    assert result.parity is not None and result.parity.layers == CheckedLayers((0, 4), LAYERS)
+
+
 def _with_scaled_weight(bundle: Path, copy: Path, name: str) -> Path:
     shutil.copytree(bundle, copy)
     graph = ir.load(copy / MODEL).graph
@@ -110,9 +118,9 @@ def test_without_memory_for_the_whole_model_the_check_says_what_it_does_instead(
     bundle: Path, base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(check_layers, "available_memory", lambda: 1 << 20)
-    with pytest.warns(UserWarning, match=r"1 of its 5 layers are computed"):
+    with pytest.warns(UserWarning, match=r"2 of its 5 layers are computed"):
         report = validate(bundle, base, adapter=adapter)
-    assert report.passed and report.layers == CheckedLayers((0,), LAYERS)
+    assert report.passed and report.layers == CheckedLayers((0, 4), LAYERS)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         whole = validate(bundle, base, adapter=adapter, layers="all")
