@@ -11,12 +11,11 @@ from peft_deploy.bundle import Manifest
 from peft_deploy.config.export import RUNTIME, ExportOptions
 from peft_deploy.config.layer_signature import LayerSignature
 from peft_deploy.signature import GraphSignature
-from peft_deploy.workflows.graph_parts import graph_parts
 from peft_deploy.workflows.sources import EXPORT_DTYPE, ExportSource, NamedAdapter
+from peft_deploy.workflows.storage import written_parts
 
 if TYPE_CHECKING:
     from peft_deploy.convert import ConvertedGraph, StaticProgram
-    from peft_deploy.weights import TensorSource
 
 LAYER = "layer"  # the model type of what no family knows
 _PACKAGES = ("peft-deploy", "onnx-ir", "onnxruntime", "numpy")
@@ -141,16 +140,18 @@ def _adapter_entry(named: NamedAdapter, mode: str) -> dict[str, Any]:
     }
 
 
-def plan_lines(source: ExportSource, tensors: TensorSource) -> list[str]:
+def plan_lines(source: ExportSource, options: ExportOptions) -> list[str]:
     """What an export would do, a sentence each.
 
     Args:
         source: the model and its adapters.
-        tensors: that would be written.
+        options: of the export.
     """
-    total = sum(part.nbytes for part in graph_parts(source, tensors))
+    parts = written_parts(source, options.arithmetic, pack=options.packs)
+    total = sum(part.nbytes for part in parts)
+    count = len(source.merged(EXPORT_DTYPE).names())
     plan = [
-        f"base model {source.name}: {source.family.paddle_model(source.config)}, {len(tensors.names())} tensors, "
+        f"base model {source.name}: {source.family.paddle_model(source.config)}, {count} tensors, "
         f"{source.layout} layout"
     ]
     for named in (*([source.adapter] if source.adapter else []), *source.kept):
@@ -164,7 +165,7 @@ def plan_lines(source: ExportSource, tensors: TensorSource) -> list[str]:
         f"prefix {prefix.name}: {prefix.prefix.num_tokens} tokens; it fits the base model"
         for prefix in source.prefixes
     ]
-    plan.append(f"the bundle would hold {total / 1e6:,.0f} MB of {EXPORT_DTYPE} weights")
+    plan.append(f"the bundle would hold {total / 1e6:,.0f} MB of weights in {options.precision}")
     return plan
 
 

@@ -25,7 +25,6 @@ from peft_deploy.workflows.kept_adapters import check_bank, check_keepable
 from peft_deploy.workflows.phase_clock import PhaseClock
 from peft_deploy.workflows.prefixes import check_takes_prefixes, is_prefix
 from peft_deploy.workflows.sources import (
-    EXPORT_DTYPE,
     Adapters,
     ExportSource,
     from_folders,
@@ -111,7 +110,7 @@ def export(
     _check_combination(base, adapter, options)
     if options.dry_run:
         source = _source(base, adapter, tokenizer, options)
-        plan = plan_lines(source, source.merged(EXPORT_DTYPE))
+        plan = plan_lines(source, options)
         return ExportResult(output, None, None, clock.done(), _peak(), plan)
     with ExitStack() as stack:
         # The child needs the configuration only: it starts before the files are looked into.
