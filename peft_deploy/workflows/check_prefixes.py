@@ -15,6 +15,7 @@ from peft_deploy.parity.prefixed import PrefixedRunner
 from peft_deploy.parity.report import ParityReport
 from peft_deploy.progress import Progress, Silent
 from peft_deploy.runtime import OnnxRunner, Runner, open_runner
+from peft_deploy.runtime.exact_arithmetic import exact_arithmetic
 from peft_deploy.runtime.loaded_adapter import read_for_slots
 from peft_deploy.workflows.check_extras import CheckExtras
 from peft_deploy.workflows.prefixes import NamedPrefix, prefix_entries
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from peft_deploy.parity.prefix_reference import PrefixReference
 
 
+@exact_arithmetic()
 def check_prefixes(
     report: ParityReport,
     folder: Path,
