@@ -125,9 +125,9 @@ def render(outcomes: Sequence[Outcome]) -> str:
     """Both tables in Markdown."""
     seen = [o for o in outcomes if o.mutation.seen]
     blind = [o for o in outcomes if not o.mutation.seen]
-    located = sum(bool(o.mutation.node) for o in seen)
+    located = sum(bool(o.mutation.node or o.mutation.file) for o in seen)
     lines = [
-        f"{len(seen)} faults, all seen; {located} of them lie in a graph that can be searched, and are found there.",
+        f"{len(seen)} faults, all seen; {located} of them lie in a layer or a file, and are found there.",
         "",
         *_table(SEEN, seen),
     ]

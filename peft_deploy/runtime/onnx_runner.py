@@ -16,7 +16,6 @@ from peft_deploy.environment import debugging, require_onnxruntime
 from peft_deploy.errors import BundleError, ExecutionError, listed
 from peft_deploy.runtime._ort_values import numpy_name, to_numpy, to_ort
 from peft_deploy.runtime.caching import Cache
-from peft_deploy.runtime.exact_arithmetic import exact_model
 from peft_deploy.runtime.external_data import check_external_data
 from peft_deploy.runtime.feeds import (
     check_adapter_ids,
@@ -24,6 +23,7 @@ from peft_deploy.runtime.feeds import (
     check_indices,
     requested_outputs,
 )
+from peft_deploy.runtime.placement import RECORD, Placement
 from peft_deploy.runtime.runner import Array, check_choices
 from peft_deploy.signature import (
     ADAPTER_IDS,
@@ -44,6 +44,8 @@ EXECUTION_PROVIDERS: dict[str, str] = {
     "cuda": "CUDAExecutionProvider",
 }
 
+# TF32 keeps 10 bits of a float32's 23 in matrix products, which is no longer the model that was trained.
+_PROVIDER_OPTIONS: dict[str, dict[str, str]] = {"cuda": {"use_tf32": "0"}}
 _QUIET = 4  # only what ends the process; errors arrive as exceptions with the same words
 _WARNINGS = 2
 # Where onnxruntime is to look for the weights of a model that it gets as bytes.
@@ -67,6 +69,9 @@ class OnnxRunner:
             signature says.
         ExecutionError: the provider is not available, or onnxruntime refuses the model.
         ConfigError: an unknown provider, or a number of threads below 1.
+
+    Attributes:
+        placement: which of the graph's nodes the provider runs; None on the CPU, where there is no other.
     """
 
     def __init__(
@@ -94,6 +99,7 @@ class OnnxRunner:
         self.path = path
         self.provider = provider
         self._session = _open(path, provider, threads, graph)
+        self.placement = None if provider == "cpu" else _placement(self._session, provider)
         declared = _declared_signature(self._session)
         self._has_bank = ADAPTER_IDS in declared.input_names
         if signature is not None:
@@ -251,11 +257,13 @@ def _open(
         options.intra_op_num_threads = threads
     if provider == "cuda":
         ort.preload_dlls()  # CUDA's libraries may come from pip
+        options.add_session_config_entry(RECORD, "1")
     try:
-        graph = exact_model(path) if graph is None else graph
         if graph is not None:
             options.add_session_config_entry(_WEIGHTS_FOLDER, str(path.parent))
-        session = ort.InferenceSession(graph or str(path), options, providers=[wanted])
+        session = ort.InferenceSession(
+            graph or str(path), options, providers=[(wanted, _PROVIDER_OPTIONS.get(provider, {}))]
+        )
     except Exception as exc:  # onnxruntime's errors have no common base of their own
         raise ExecutionError(f"onnxruntime cannot load {path}: {_reason(exc)}") from exc
     _require_provider(wanted, session.get_providers(), started=True)
@@ -272,6 +280,12 @@ def _require_kernels(
             f"{path} computes in bfloat16, which cannot run on the CPU: {NO_BFLOAT16}",
             hint="use --provider cuda, or export it with --precision fp16 or fp32",
         )
+
+
+def _placement(session: ort.InferenceSession, provider: str) -> Placement:
+    placement = Placement.of(session, EXECUTION_PROVIDERS[provider])
+    placement.require_any()
+    return placement
 
 
 def _require_provider(wanted: str, present: Sequence[str], *, started: bool = False) -> None:

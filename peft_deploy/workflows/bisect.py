@@ -14,17 +14,19 @@ from peft_deploy.bundle.adapter_bank import bank_capacity
 from peft_deploy.config.export import ONNX
 from peft_deploy.config.precision import PRECISIONS
 from peft_deploy.errors import ConfigError
-from peft_deploy.parity.bisect import Finding, Weight, locate, write_reproduction
+from peft_deploy.parity.bisect import Activation, Finding, Weight, locate, write_reproduction
 from peft_deploy.parity.bisect.exposed import ExposedGraph
 from peft_deploy.parity.cases import Case
 from peft_deploy.parity.expectation import Expectation
 from peft_deploy.parity.report import ParityReport
+from peft_deploy.progress import Progress, Silent
 from peft_deploy.weights import Array
+from peft_deploy.workflows.check_extras import CheckExtras
 from peft_deploy.workflows.check_weights import PACKED
 from peft_deploy.workflows.sources import ExportSource
 
 if TYPE_CHECKING:
-    from paddle import nn
+    from peft_deploy.parity.reference import PaddleReference
 
 _NOTHING = "no value inside of the graph was found that is not the Paddle model's"
 _SAME = 1e-6  # of the largest magnitude: merged in another order
@@ -51,23 +53,53 @@ def check_bisectable(manifest: Manifest) -> None:
         )
 
 
+def searched(
+    report: ParityReport,
+    folder: Path,
+    reference: PaddleReference,
+    source: ExportSource,
+    extras: CheckExtras | None,
+    *,
+    active: Activation | None = None,
+    progress: Progress | None = None,
+) -> ParityReport:
+    """The report of a check that was just made, searched where it failed and that was asked for.
+
+    Args:
+        report: of the check.
+        folder: the bundle, in ONNX format.
+        reference: the model that was trained, as the check had it.
+        source: what the bundle was made of.
+        extras: of the check; says whether to search and has what the reference said.
+        active: what is active beside the graph.
+        progress: gets a phase.
+    """
+    if extras is None or extras.bisect is None or report.passed_alone:
+        return report
+    (progress or Silent()).phase("Looking for the first bad value")
+    expectation = extras.recordings[-1].expectation
+    return with_finding(report, folder, reference, source, expectation, extras.bisect, active)
+
+
 def with_finding(
     report: ParityReport,
     folder: Path,
-    model: nn.Layer,
+    reference: PaddleReference,
     source: ExportSource,
     expectation: Expectation,
     output: Path,
+    active: Activation | None = None,
 ) -> ParityReport:
     """The report, with the first value in the bundle's graph that is not PaddleNLP's.
 
     Args:
         report: of the check, which failed.
         folder: the bundle, in ONNX format.
-        model: that was trained, in the dynamic graph.
+        reference: the model that was trained, as the check has it.
         source: what the bundle was made of.
         expectation: of the same check.
         output: a folder for the part of the graph that is at fault, with inputs, outputs and a script.
+        active: what is active beside the graph.
 
     Returns:
         The report; with a warning when no case failed, or all values that can be compared are right.
@@ -79,15 +111,13 @@ def with_finding(
     failed = {case.name for case in report.cases if not case.passed and case.problem is None}
     cases = [case for case in expectation.matrix.cases if case.name in failed]
     names = source.family.names(source.config)
-    from peft_deploy.parity.reference import PaddleReference
-
-    reference = PaddleReference(model, source.family, source.config)
     precision = PRECISIONS[Manifest.read(folder).precision]
     ordered = sorted(cases, key=_size)
-    found = locate(folder, reference, expectation, ordered, names, precision.dtype)
+    found = locate(folder, reference, expectation, ordered, names, precision.dtype, active)
     if found is None:
         return replace(report, warnings=[*report.warnings, _NOTHING])
-    found = replace(found, weights=_wrong_weights(folder, found, source))
+    wrong = _wrong_weights(folder, found, source)
+    found = replace(found, weights=[*wrong, *_wrong_files(found, active or Activation())])
     write_reproduction(output, folder, found)
     return replace(report, finding=found)
 
@@ -141,7 +171,20 @@ def _parts(
         begin = end
 
 
-def _compare(have: Array, want: Array, base: Array) -> str | None:
+def _wrong_files(found: Finding, active: Activation) -> list[Weight]:
+    """What the suspected operators take from a file beside the graph that is not what an export would write."""
+    wrong: list[Weight] = []
+    for name, want in active.wanted.items():
+        if name not in found.inputs:
+            continue
+        have = active.given.get(name)
+        note = "it is missing" if have is None else _compare(have, want)
+        if note is not None:
+            wrong.append(Weight(name, note))
+    return wrong
+
+
+def _compare(have: Array, want: Array, base: Array | None = None) -> str | None:
     """What is wrong with a weight; None when nothing is."""
     if have.shape != want.shape:
         return f"it is {list(have.shape)}; it should be {list(want.shape)}"
@@ -149,7 +192,7 @@ def _compare(have: Array, want: Array, base: Array) -> str | None:
     off = float(np.abs(have.astype(np.float64) - want.astype(np.float64)).max())
     if off <= _SAME * scale:
         return None
-    if np.array_equal(have, base.astype(have.dtype)):
+    if base is not None and np.array_equal(have, base.astype(have.dtype)):
         return "it is the base model's, without the adapter"
     if have.ndim == 2 and have.shape[0] == have.shape[1] and np.array_equal(have, want.T):
         return "it is transposed"

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from peft_deploy.adapters.formats.onnx_file import read_onnx_file
 from peft_deploy.bundle import Manifest
 from peft_deploy.bundle.adapter_bank import bank_capacity
+from peft_deploy.bundle.adapter_files import adapter_path
 from peft_deploy.config.export import RUNTIME
 from peft_deploy.errors import AdapterError
+from peft_deploy.parity.bisect import Activation
 from peft_deploy.parity.case_result import CaseResult
 from peft_deploy.parity.report import ParityReport
 from peft_deploy.progress import Progress, Silent
 from peft_deploy.runtime import Session
-from peft_deploy.runtime.exact_arithmetic import exact_arithmetic
 from peft_deploy.runtime.runner import Array
 from peft_deploy.signature import ATTENTION_MASK, INPUT_IDS, POSITION_IDS
+from peft_deploy.workflows.bisect import searched
 from peft_deploy.workflows.check_extras import CheckExtras
+from peft_deploy.workflows.kept_adapters import kept_tensors
 from peft_deploy.workflows.rounded_reference import load_stored
-from peft_deploy.workflows.sources import ExportSource
+from peft_deploy.workflows.sources import ExportSource, NamedAdapter
 
 PART = "adapter {}"  # of a report
 _PROBE = 16  # tokens
@@ -29,7 +33,6 @@ _ROWS = 8  # at most, in one batch
 _ROWS_AGREE = 1e-4  # of an output's size; the order of float32 sums depends on the other rows
 
 
-@exact_arithmetic()
 def check_adapters(
     report: ParityReport,
     folder: Path,
@@ -57,6 +60,7 @@ def check_adapters(
     if not source.kept:
         return report
     # Here, because of what validate imports in turn.
+    from peft_deploy.parity.reference import PaddleReference
     from peft_deploy.workflows.check_bundle import check_bundle
 
     progress = progress or Silent()
@@ -69,7 +73,7 @@ def check_adapters(
         progress.phase(f"Preparing the check of {named.name}")
         session.load_adapter(named.name)
         model = load_stored(source, session.manifest.precision, progress, named)
-        parts[PART.format(named.name)] = check_bundle(
+        part = check_bundle(
             folder,
             model,
             source.family,
@@ -80,10 +84,30 @@ def check_adapters(
             progress=progress,
             extras=extras,
         )
+        if report.finding is None and not _is_searched(parts.values()):
+            reference = PaddleReference(model, source.family, source.config)
+            active = _active(folder, named, source, session.manifest)
+            part = searched(
+                part, folder, reference, source, extras, active=active, progress=progress
+            )
+        parts[PART.format(named.name)] = part
     if bank_capacity(session.manifest.graph) is not None:
         cases.append(_compare_rows(session, vocab_size, seed))
     cases.append(_compare_off(before, _probe(session, vocab_size, seed)))
     return replace(report, cases=tuple(cases), parts={**report.parts, **parts})
+
+
+def _is_searched(parts: Iterable[ParityReport]) -> bool:
+    return any(part.finding is not None for part in parts)
+
+
+def _active(
+    folder: Path, named: NamedAdapter, source: ExportSource, manifest: Manifest
+) -> Activation:
+    """The adapter as the bundle has it, and as an export would write it."""
+    file = read_onnx_file(adapter_path(folder, named.name))
+    wanted = kept_tensors(named.adapter, source, manifest.graph["lora_slots"])
+    return Activation(slots=file.tensors, wanted=wanted)
 
 
 def _probe(

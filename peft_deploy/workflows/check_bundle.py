@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +19,7 @@ from peft_deploy.parity.oracle import Reference
 from peft_deploy.parity.passages import PASSAGE, PROMPTS
 from peft_deploy.parity.report import ParityReport
 from peft_deploy.progress import Progress, Silent
-from peft_deploy.runtime import EncoderDecoderRunner, Runner, open_runner
-from peft_deploy.runtime.exact_arithmetic import exact_arithmetic
+from peft_deploy.runtime import EncoderDecoderRunner, OnnxRunner, Runner, open_runner
 from peft_deploy.text import Tokenizer
 from peft_deploy.workflows.check_encoder import check_encoder
 from peft_deploy.workflows.check_extras import CheckExtras
@@ -34,7 +34,6 @@ NEW_TOKENS = 32
 _TOKENIZER = "tokenizer.json"
 
 
-@exact_arithmetic()
 def check_bundle(
     folder: Path,
     model: nn.Layer,
@@ -64,10 +63,11 @@ def check_bundle(
 
     reference = PaddleReference(model, family, config)
     expected = reference.signature.with_cache_in(arithmetic_of(folder))
+    runner = runner or open_runner(folder, expected, provider=provider)
     report = check_runner(
         folder,
         reference,
-        runner or open_runner(folder, expected, provider=provider),
+        runner,
         family.dims(config).max_positions,
         encoder=None if reference.signature.past else EncoderSizes.of(family, config),
         provider=provider,
@@ -76,7 +76,7 @@ def check_bundle(
         extras=extras,
     )
     return check_encoder(
-        report,
+        replace(report, warnings=[*report.warnings, *_elsewhere(runner)]),
         folder,
         model,
         family,
@@ -86,6 +86,15 @@ def check_bundle(
         progress=progress,
         extras=extras,
     )
+
+
+def _elsewhere(runner: Runner) -> list[str]:
+    """What a reader has to know of the nodes that do not run where they were meant to; nothing on the CPU."""
+    both = (
+        [runner.encoder, runner.decoder] if isinstance(runner, EncoderDecoderRunner) else [runner]
+    )
+    placements = [one.placement for one in both if isinstance(one, OnnxRunner)]
+    return [str(p) for p in placements if p is not None and p.elsewhere]
 
 
 def check_runner(

@@ -30,12 +30,14 @@ class CheckExtras:
         record: keep what the reference says.
         bounded: whether what is kept is to be written, and so must not be large.
         recordings: what was kept, in the order of the checks.
+        bisect: a folder for the part of the graph that is at fault, should a check fail.
     """
 
     own: Sequence[Prompt] = ()
     record: bool = False
     bounded: bool = True
     recordings: list[Recording] = field(default_factory=list)
+    bisect: Path | None = None
 
     def added(
         self,

@@ -7,19 +7,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peft_deploy.adapters.formats.detect import AdapterFormat
+from peft_deploy.adapters.formats.onnx_file import read_onnx_file
 from peft_deploy.bundle import Manifest
 from peft_deploy.bundle.adapter_files import adapter_path
 from peft_deploy.bundle.prefixes import prefix_path, read_prefix_file
 from peft_deploy.errors import AdapterError
+from peft_deploy.parity.bisect import Activation
 from peft_deploy.parity.prefixed import PrefixedRunner
 from peft_deploy.parity.report import ParityReport
 from peft_deploy.progress import Progress, Silent
 from peft_deploy.runtime import OnnxRunner, Runner, open_runner
-from peft_deploy.runtime.exact_arithmetic import exact_arithmetic
 from peft_deploy.runtime.loaded_adapter import read_for_slots
+from peft_deploy.signature import POSITION_IDS
+from peft_deploy.workflows.bisect import searched
 from peft_deploy.workflows.check_extras import CheckExtras
 from peft_deploy.workflows.prefixes import NamedPrefix, prefix_entries
 from peft_deploy.workflows.sources import ExportSource
+
+IN_SLOTS = " in slots"  # at the end of a report's title
 
 if TYPE_CHECKING:
     from paddle import nn
@@ -27,7 +32,6 @@ if TYPE_CHECKING:
     from peft_deploy.parity.prefix_reference import PrefixReference
 
 
-@exact_arithmetic()
 def check_prefixes(
     report: ParityReport,
     folder: Path,
@@ -60,7 +64,7 @@ def check_prefixes(
         positions = source.family.dims(source.config).max_positions - named.prefix.num_tokens
         for title, runner in prefix_runners(folder, named.name, provider).items():
             (progress or Silent()).phase(f"Preparing the check with {title}")
-            parts[title] = check_runner(
+            part = check_runner(
                 folder,
                 reference,
                 runner,
@@ -70,6 +74,12 @@ def check_prefixes(
                 progress=progress,
                 extras=extras,
             )
+            if report.finding is None and all(p.finding is None for p in parts.values()):
+                active = _active(folder, named, in_slots=title.endswith(IN_SLOTS))
+                part = searched(
+                    part, folder, reference, source, extras, active=active, progress=progress
+                )
+            parts[title] = part
     return replace(report, parts=parts)
 
 
@@ -93,8 +103,20 @@ def prefix_runners(folder: Path, name: str, provider: str) -> dict[str, Runner]:
     path = adapter_path(folder, name)
     if isinstance(runner, OnnxRunner) and path.is_file():
         loaded = read_for_slots(path, name, runner.slots, folder, fingerprint, provider)
-        runners[f"{title} in slots"] = runner.with_slots(loaded.values())
+        runners[f"{title}{IN_SLOTS}"] = runner.with_slots(loaded.values())
     return runners
+
+
+def _active(folder: Path, named: NamedPrefix, *, in_slots: bool) -> Activation:
+    """The prefix as the bundle has it, and as an export would write it."""
+    manifest = Manifest.read(folder)
+    if in_slots:
+        file = read_onnx_file(adapter_path(folder, named.name))
+        wanted = named.prefix.slots(positions=POSITION_IDS in manifest.signature.input_names)
+        return Activation(slots=file.tensors, wanted=wanted)
+    fingerprint = manifest.base["fingerprint"]
+    prefix = read_prefix_file(prefix_path(folder, named.name), manifest.signature, fingerprint)
+    return Activation(prefix=prefix, wanted=named.prefix.past)
 
 
 def _reference(model: nn.Layer, named: NamedPrefix, source: ExportSource) -> PrefixReference:

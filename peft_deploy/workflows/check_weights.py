@@ -22,7 +22,6 @@ from peft_deploy.parity.stored_weights import (
 )
 from peft_deploy.progress import Progress, Silent
 from peft_deploy.weights import TensorSource
-from peft_deploy.weights.block_quantized import QUANTIZED, SCALES
 from peft_deploy.workflows.graph_parts import GraphPart
 from peft_deploy.workflows.sources import ExportSource
 from peft_deploy.workflows.storage import written_parts
@@ -53,8 +52,7 @@ def check_weights(
         progress: gets a phase counted in tensors.
     """
     manifest, progress = Manifest.read(folder), progress or Silent()
-    pack = bool(manifest.graph.get(PACKED))
-    parts = written_parts(source, PRECISIONS[manifest.precision], pack=pack)
+    parts = parts_of(manifest, source)
     count = sum(len(part.tensors.names()) for part in parts)
     progress.phase("Comparing the weights", count, "tensors")
     wrong: dict[str, str] = {}
@@ -62,8 +60,7 @@ def check_weights(
     for part in parts:
         place = folder / part.folder
         stored, facts = _stored(place, manifest.format), _graph_facts(manifest, part)
-        other = {tensor: name for name, tensor in facts.get(RENAMED, {}).items()}
-        names = _names(source, part, manifest.format) | other
+        names = names_in_bundle(manifest, source, part)
         found = _compare(stored, part.tensors, names, _summed(source, part), progress)
         found |= _wrong_tables(stored, facts.get(TABLES, {}))
         wrong |= {(Path(part.folder) / name).as_posix(): text for name, text in found.items()}
@@ -76,6 +73,29 @@ def check_weights(
         )
     case = CaseResult(CASE, CASE, f"{count} tensors, {size / 1e6:.0f} MB", problem=problem)
     return replace(report, cases=(*report.cases, case))
+
+
+def parts_of(manifest: Manifest, source: ExportSource) -> list[GraphPart]:
+    """The graphs of a bundle with the tensors that an export would write into its files now.
+
+    Args:
+        manifest: of the bundle.
+        source: what it was made of.
+    """
+    pack = bool(manifest.graph.get(PACKED))
+    return written_parts(source, PRECISIONS[manifest.precision], pack=pack)
+
+
+def names_in_bundle(manifest: Manifest, source: ExportSource, part: GraphPart) -> dict[str, str]:
+    """Tensor → what the bundle's graph calls it.
+
+    Args:
+        manifest: of the bundle.
+        source: what it was made of.
+        part: one of :func:`parts_of`.
+    """
+    renamed = _graph_facts(manifest, part).get(RENAMED, {})
+    return _names(source, part, manifest.format) | {tensor: n for n, tensor in renamed.items()}
 
 
 def _graph_facts(manifest: Manifest, part: GraphPart) -> Mapping[str, Any]:
@@ -96,8 +116,7 @@ def _names(source: ExportSource, part: GraphPart, format: str) -> dict[str, str]
     names = source.family.names(source.config)
     mapped = {parameter: names.to_huggingface(parameter) for parameter in part.tensors.names()}
     own = {p: m.name if m and format == ONNX else p for p, m in mapped.items()}
-    packed = graph_parameters(part.packed, names)
-    return own | {parameter: packed[parameter] for parameter in packed.keys() & own.keys()}
+    return own | graph_parameters(part.packed, names)
 
 
 def _summed(source: ExportSource, part: GraphPart) -> frozenset[str]:
@@ -105,9 +124,8 @@ def _summed(source: ExportSource, part: GraphPart) -> frozenset[str]:
     if source.adapter is None:
         return frozenset()
     changed = {f"{module}.weight" for module in source.adapter.adapter.pairs}
-    kept = {name for name in source.tensors.names() if name not in changed}
-    quantized = {f"{name}{suffix}" for name in kept for suffix in (QUANTIZED, SCALES)}
-    return frozenset(changed | (set(part.tensors.names()) - kept - quantized))
+    made = set(part.tensors.names()) - set(source.tensors.names())
+    return frozenset(changed | made)
 
 
 def _compare(
@@ -149,8 +167,6 @@ def file_facts(
     tables, renamed = dict[str, str](), dict[str, str]()
     for name, tensor in _stored(place, format).items():
         origin = None if tensor.content is not None else origins.get(tensor.offset)
-        if origin is not None and file.placements[origin].shape != tensor.shape:
-            origin = None  # the same bytes, read in another shape
         if origin is not None and names[origin] != name:
             renamed[name] = origin
         elif origin is None and tensor.content is None:

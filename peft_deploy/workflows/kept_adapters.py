@@ -157,7 +157,7 @@ def write_kept(
     version = model_version(fingerprint)
     adapters: dict[str, dict[str, Array]] = {}
     for named in source.kept:
-        tensors = _tensors(named.adapter, source, graph["lora_slots"])
+        tensors = kept_tensors(named.adapter, source, graph["lora_slots"])
         path = adapter_path(folder.path, named.name)
         with disk_errors(folder.output):
             path.parent.mkdir(exist_ok=True)
@@ -185,7 +185,16 @@ def _write_bank(
     return {"file": BANK_FILE, "ids": {name: i for i, name in enumerate(adapters, 1)}}
 
 
-def _tensors(adapter: Adapter, source: ExportSource, slots: Mapping[str, Any]) -> dict[str, Array]:
+def kept_tensors(
+    adapter: Adapter, source: ExportSource, slots: Mapping[str, Any]
+) -> dict[str, Array]:
+    """What the file of an adapter holds: slot → value.
+
+    Args:
+        adapter: one that is kept.
+        source: the model.
+        slots: what the manifest says of the graph's slots.
+    """
     rank, modules = slots["rank"], slots["targets"]
     ranks = {} if rank is None else {slot_names(module)[0]: rank for module in modules}
     names = source.family.names(source.config)

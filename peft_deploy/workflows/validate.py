@@ -16,7 +16,7 @@ from peft_deploy.errors import BundleError, ConfigError
 from peft_deploy.families import Pooling
 from peft_deploy.parity.report import ParityReport
 from peft_deploy.progress import Progress, Silent
-from peft_deploy.workflows.bisect import check_bisectable, with_finding
+from peft_deploy.workflows.bisect import check_bisectable, searched
 from peft_deploy.workflows.check_adapters import check_adapters
 from peft_deploy.workflows.check_bundle import check_bundle
 from peft_deploy.workflows.check_extras import CheckExtras, read_cases
@@ -101,7 +101,8 @@ def validate(
             hint="give the base model's folder",
         )
     own = [] if cases is None else read_cases(Path(cases), folder)
-    extras = CheckExtras(own, record=bisect is not None, bounded=False)
+    searched_for = None if bisect is None else Path(bisect)
+    extras = CheckExtras(own, record=bisect is not None, bounded=False, bisect=searched_for)
     kept = any(entry.get("mode") == RUNTIME for entry in manifest.adapters)
     base = _as_exported(base, folder)
     source = from_folders(base, adapter, keep=kept)
@@ -139,10 +140,11 @@ def validate(
         "extras": extras,
     }
     report = check_bundle(folder, model, source.family, source.config, **options)
-    if bisect is not None and not report.passed_alone:
-        progress.phase("Looking for the first bad value")
-        expectation = extras.recordings[0].expectation
-        report = with_finding(report, folder, model, source, expectation, Path(bisect))
+    if searched_for is not None:
+        from peft_deploy.parity.reference import PaddleReference
+
+        reference = PaddleReference(model, source.family, source.config)
+        report = searched(report, folder, reference, source, extras, progress=progress)
     report = check_weights(report, folder, source, progress=progress)
     report = check_prefixes(report, folder, model, source, **options)
     del model  # the check of an adapter loads a model of its own

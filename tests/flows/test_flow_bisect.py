@@ -249,8 +249,8 @@ def broken(bundle: Path, folder: Path, fault: Fault) -> Path:
 def checked(trained: Side, bundle: Path, output: Path) -> ParityReport:
     report = check_expectation(trained.expectation, OnnxRunner(bundle), [], lambda *_: None)  # type: ignore[arg-type, return-value]
     assert not report.passed
-    model = trained.reference.model
-    return with_finding(report, bundle, model, trained.source, trained.expectation, output)
+    reference, expectation = trained.reference, trained.expectation
+    return with_finding(report, bundle, reference, trained.source, expectation, output)
 
 
 def weights_differ(bundle: Path, other: Path) -> bool:

@@ -18,11 +18,12 @@ import numpy as np
 from bundle_edits import Array
 from made_bundles import BEHIND_PREFIX, BUNDLES, LORA, PREFIX, Exported
 
+from peft_deploy.adapters.formats.onnx_file import read_onnx_file
 from peft_deploy.bundle import Manifest
 from peft_deploy.bundle.adapter_files import adapter_path
 from peft_deploy.bundle.prefixes import Prefix, prefix_path, read_prefix_file
 from peft_deploy.parity import ParityReport, Prompt, Scores, check_expectation, score_tokens
-from peft_deploy.parity.bisect import Finding
+from peft_deploy.parity.bisect import Activation, Finding
 from peft_deploy.parity.prefixed import PrefixedRunner
 from peft_deploy.parity.recording import Recording
 from peft_deploy.parity.reference import PaddleReference
@@ -32,6 +33,7 @@ from peft_deploy.workflows.bisect import with_finding
 from peft_deploy.workflows.check_bundle import check_bundle, check_runner
 from peft_deploy.workflows.check_extras import CheckExtras
 from peft_deploy.workflows.check_weights import check_weights
+from peft_deploy.workflows.kept_adapters import kept_tensors
 from peft_deploy.workflows.sources import EXPORT_DTYPE, ExportSource
 
 
@@ -145,10 +147,17 @@ class Subject:
             options=kept.options,
         )
 
-    @property
-    def can_be_searched(self) -> bool:
-        """Whether there is a graph that is right alone, without files beside it."""
-        return BUNDLES.get(self.name, ("", True))[1] is False
+    def active(self, folder: Path) -> Activation:
+        """What a copy has beside its graph."""
+        if self.name == BEHIND_PREFIX:
+            wanted = self.source.prefixes[0].prefix.past
+            return Activation(prefix=self.prefix(folder), wanted=wanted)
+        if not BUNDLES[self.name][1]:
+            return Activation()
+        file = read_onnx_file(self.adapter_file(folder))
+        slots = Manifest.read(folder).graph["lora_slots"]
+        wanted = kept_tensors(self.source.kept[0].adapter, self.source, slots)
+        return Activation(slots=file.tensors, wanted=wanted)
 
     def judge(self, folder: Path, output: Path) -> Verdict:
         """The gate's report of a copy, and the search's if that fails."""
@@ -157,10 +166,10 @@ class Subject:
             return Verdict(
                 report, None, check_weights(report, folder, self.source).cases[-1].problem
             )
-        if not self.can_be_searched:
-            return Verdict(report, None)
-        model, expectation = self.reference.model, self.recording.expectation
-        found = with_finding(report, folder, model, self.source, expectation, output)
+        expectation = self.recording.expectation
+        found = with_finding(
+            report, folder, self.reference, self.source, expectation, output, self.active(folder)
+        )
         return Verdict(report, found.finding)
 
 

@@ -30,6 +30,7 @@ class Mutation:
         layer: the layer that it has to name; None for faults that are in no layer, or in all.
         seen: whether a case can see it; what none can see has to be seen in the bundle's files.
         runs: whether the graph still runs in every case.
+        file: a tensor of a file beside the graph that the search has to name as wrong.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Mutation:
     layer: str | None = None
     seen: bool = True
     runs: bool = True
+    file: str = ""
 
 
 def complaints(mutation: Mutation, verdict: Verdict) -> list[str]:
@@ -52,6 +54,10 @@ def complaints(mutation: Mutation, verdict: Verdict) -> list[str]:
         wrong.append(f"{mutation.name}: the files are said to be right")
     if mutation.seen and not mutation.runs and not any(case.problem for case in report.cases):
         wrong.append(f"{mutation.name}: the graph runs in every case")
+    if mutation.file and (found is None or mutation.file not in [w.name for w in found.weights]):
+        wrong.append(f"{mutation.name}: {mutation.file} is not found, but {found}")
+    if mutation.layer and (found is None or found.layer != mutation.layer):
+        wrong.append(f"{mutation.name}: it is not found in {mutation.layer}, but {found}")
     if mutation.node and (
         found is None
         or not _is_suspected(mutation.node, found)

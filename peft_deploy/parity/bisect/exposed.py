@@ -12,9 +12,10 @@ import numpy.typing as npt
 
 from peft_deploy.bundle import MODEL
 from peft_deploy.errors import ExecutionError
+from peft_deploy.parity.bisect.activation import Activation
 from peft_deploy.parity.bisect.taps import GRAPH, INPUT, OUTPUT
 from peft_deploy.runtime import check_external_data
-from peft_deploy.signature import GraphSignature
+from peft_deploy.signature import GraphSignature, present_names
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -54,15 +55,17 @@ class ExposedGraph:
 
     Args:
         folder: the bundle, in ONNX format.
+        active: what is active beside it.
 
     Raises:
         BundleError: its weights lie outside of it.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, active: Activation | None = None) -> None:
         import onnx_ir as ir
 
         check_external_data(folder / MODEL)
+        self.active = active or Activation()
         self._folder = folder
         self._model = ir.load(folder / MODEL)
         self._nodes: list[ir.Node] = list(self._model.graph)
@@ -159,7 +162,11 @@ class ExposedGraph:
     def run(
         self, feeds: Mapping[str, npt.NDArray[Any]], values: Iterable[str]
     ) -> dict[str, npt.NDArray[Any]]:
-        """Inner values by name, for a full set of inputs.
+        """Inner values by name, for a full set of inputs. Nothing is computed that they do not need.
+
+        Args:
+            feeds: as for the graph without anything active.
+            values: names of values.
 
         Raises:
             ExecutionError: onnxruntime refuses the graph.
@@ -172,8 +179,10 @@ class ExposedGraph:
             return {}
         model = ir.load(self._folder / MODEL)  # a copy; its weights are not read
         known = {v.name: v for node in model.graph for v in node.outputs}
-        present = {value.name for value in model.graph.outputs}
-        model.graph.outputs.extend(known[name] for name in names if name not in present)
+        grown = present_names(len(model.graph.outputs))
+        # onnxruntime drops what no output needs: behind the first bad layer, that is most of a model
+        model.graph.outputs.clear()
+        model.graph.outputs.extend(known[name] for name in names)
         options = ort.SessionOptions()
         options.log_severity_level = 4
         options.add_session_config_entry(_WEIGHTS_FOLDER, str(self._folder))
@@ -181,13 +190,34 @@ class ExposedGraph:
         try:
             data = ir.to_proto(model).SerializeToString()
             session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-            wanted = {node.name for node in session.get_inputs()}
-            results = session.run(names, {k: v for k, v in feeds.items() if k in wanted})
+            slots = session.get_overridable_initializers()
+            wanted = {node.name for node in (*session.get_inputs(), *slots)}
+            given = {k: v for k, v in self.active.feeds(feeds).items() if k in wanted}
+            results = [np.asarray(array) for array in session.run(names, given)]
         except Exception as exc:  # onnxruntime's errors have no common base of their own
             raise ExecutionError(
                 f"the graph does not run with inner values as outputs: {exc}"
             ) from exc
-        return dict(zip(names, map(np.asarray, results), strict=True))
+        found = dict(zip(names, results, strict=True))
+        hidden = self.active.without_hidden
+        return {name: hidden(array) if name in grown else array for name, array in found.items()}
+
+    def starts_of(
+        self, feeds: Mapping[str, npt.NDArray[Any]], names: Sequence[str]
+    ) -> dict[str, npt.NDArray[Any]]:
+        """Values that operators start from: inputs, slots whether filled or empty, and inner values.
+
+        Args:
+            feeds: as for :meth:`run`.
+            names: of the values.
+        """
+        given = self.active.feeds(feeds)
+        empty = [
+            name for name in names if name not in given and name in self._model.graph.initializers
+        ]
+        found = {name: given[name] for name in names if name in given}
+        found |= {name: self.weight(name) for name in empty}
+        return found | self.run(feeds, [name for name in names if name not in found])
 
     def between(self, bad: str, good: Iterable[str]) -> tuple[list[str], list[str]]:
         """The nodes that make a value out of good ones.
@@ -207,7 +237,7 @@ class ExposedGraph:
                 continue
             found[self._order[id(node)]] = str(node.name)
             for value in node.inputs:
-                if value is None or value.is_initializer():
+                if value is None or (value.is_initializer() and not value.is_graph_input()):
                     continue
                 if value.producer() is None or value.name in stops:
                     starts[str(value.name)] = None
@@ -223,7 +253,7 @@ class ExposedGraph:
             for node in self._nodes
             if node.name in wanted
             for value in node.inputs
-            if value is not None and value.is_initializer()
+            if value is not None and value.is_initializer() and not value.is_graph_input()
         )
         return list(dict.fromkeys(names))
 

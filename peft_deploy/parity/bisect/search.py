@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from peft_deploy.families import NameMap
+from peft_deploy.parity.bisect.activation import Activation
 from peft_deploy.parity.bisect.exposed import ExposedGraph, Place, make_places
 from peft_deploy.parity.bisect.finding import Finding
 from peft_deploy.parity.bisect.taps import GRAPH, OUTPUT, Taps
@@ -33,8 +34,12 @@ from peft_deploy.parity.play import (
 )
 from peft_deploy.parity.tolerance import Limit, derive_limit, is_sane
 from peft_deploy.runtime.runner import Array
-from peft_deploy.signature import GraphSignature
+from peft_deploy.signature import GraphSignature, present_names
+from peft_deploy.weights.source import FLOATING
 
+# Of its limit. Values of good bundles stay below; what is above may hide a fault that only shows further down, so that
+# the operators before it are suspected, too.
+CLEARLY_GOOD = 0.5
 Arrays = Mapping[str, npt.NDArray[Any]]
 
 
@@ -68,6 +73,7 @@ def locate(
     cases: Sequence[Case],
     names: NameMap,
     dtype: str = EXACT_ENOUGH,
+    active: Activation | None = None,
 ) -> Finding | None:
     """The first bad value of a bundle.
 
@@ -78,6 +84,7 @@ def locate(
         cases: that failed; the first one in which a bad value is found decides.
         names: of the model's modules.
         dtype: that the bundle computes in.
+        active: what is active beside the graph, as it is in the reference.
 
     Returns:
         None when every value that can be compared is within its limit.
@@ -87,7 +94,7 @@ def locate(
     """
     from peft_deploy.convert.passes.node_names import module_folder
 
-    graph, taps = ExposedGraph(folder), Taps(reference)
+    graph, taps = ExposedGraph(folder, active), Taps(reference)
     exact = reference.exact()
     sharp = None if exact is None else Taps(exact)
     rounded = None if dtype == EXACT_ENOUGH else Taps(reference.rounded(dtype, {}))
@@ -183,25 +190,39 @@ def _search(
     signature: GraphSignature,
 ) -> Finding | None:
     judge = _Judge(call, expectation, signature)
-    layers = [p for p in places if _is_layer(p)]
-    good, bad = judge.split(layers, graph.run(call.feeds, _values(layers)), graph)
-    # with all layers good, it may be a cache that is handed out wrongly, in any of them
-    start = max((p.position for p in good), default=-1) if bad else -1
-    end = bad.position if bad else max(p.position for p in places)
+    layers = [p for p in places if _is_layer(p) and judge.knows(p)]
+    good, bad = _first_bad_layer(layers, judge, graph)
+    start, end = max((p.position for p in good), default=-1), bad.position if bad else -1
+    if (
+        bad is None
+    ):  # it may be behind all layers, or a cache that is handed out wrongly in any of them
+        outer = [p for p in places if p.what == GRAPH or p.position > start]
+        _, late = judge.split(outer, graph.run(call.feeds, _values(outer)), graph)
+        if late is None:
+            return None
+        end = late.position
+        start = max((p.position for p in layers if p.position < end), default=-1)
+        good += [p for p in layers if p.position == start]  # what follows is good, so it is, too
     inner = [p for p in places if start < p.position <= end]
     values = graph.run(call.feeds, _values(inner))
     fine, worst = judge.split(inner, values, graph)
     if worst is None:
         return None
-    stops = {p.value for p in (*good, *fine)}
+    stops = {p.value for p in (*good, *fine) if judge.shares.get(p.value, 0.0) <= CLEARLY_GOOD}
+    if graph.active.hidden:  # of these only what is visible from outside was compared
+        stops -= set(present_names(signature.num_layers))
     nodes, starts = graph.between(worst.value, stops)
-    inputs = {name: call.feeds[name] for name in starts if name in call.feeds}
-    inputs |= graph.run(call.feeds, [name for name in starts if name not in call.feeds])
+    inputs = graph.starts_of(call.feeds, starts)
     wanted, counts, axis, limit = judge.measures(worst)
-    actual = values[worst.value]
+    actual = values[worst.value].astype(np.float32)
     if worst.what != GRAPH:
         actual = _without_padding(actual, counts)
     difference = measure(wanted, actual, counts, axis=axis, logits=False)
+    whole: Array = wanted
+    spread = _spread(counts, axis, wanted.shape)
+    if worst.what == GRAPH and worst.value in present_names(signature.num_layers):
+        whole = graph.active.with_hidden(whole)
+        spread = graph.active.with_hidden(spread).astype(np.bool_)
     return Finding(
         case=call.case.name,
         layer=_layer_of(worst, bad, graph),
@@ -212,9 +233,35 @@ def _search(
         limit=limit,
         nodes=nodes,
         inputs=inputs,
-        expected=wanted,
-        counts=_spread(counts, axis, wanted.shape),
+        expected=whole,
+        counts=spread,
     )
+
+
+def _first_bad_layer(
+    layers: Sequence[Place], judge: _Judge, graph: ExposedGraph
+) -> tuple[list[Place], Place | None]:
+    """Layers that are good, and the first that is not, by binary search; None for it when the last one is good.
+
+    Each probe computes the graph up to one layer and no further.
+    """
+    good: list[Place] = []
+    low, high = -1, len(layers) - 1  # low is good, high is bad
+    if not layers:
+        return good, None
+    probe = high
+    while True:
+        place, is_good = judge.probe(layers[probe], graph)
+        if is_good:
+            good.append(place)
+            low = probe
+        else:
+            high = probe
+        if low == len(layers) - 1:
+            return good, None
+        if high - low == 1:
+            return good, layers[high]
+        probe = (low + high) // 2
 
 
 def _is_layer(place: Place) -> bool:
@@ -266,6 +313,16 @@ class _Judge:
         self._limits = expectation.limits
         self._specs = {spec.name: spec for spec in signature.outputs}
         self._outputs = expected(call.case, expectation.known, signature).values
+        self.shares: dict[str, float] = {}
+
+    def knows(self, place: Place) -> bool:
+        """Whether the reference has anything to compare a place with."""
+        return self._find(place) is not None
+
+    def probe(self, place: Place, graph: ExposedGraph) -> tuple[Place, bool]:
+        """One place by itself: at the value that is the module's, and whether it is good."""
+        found, good = self._verdict(place, graph.run(self._call.feeds, place.candidates), graph)
+        return found, good is not False
 
     def split(
         self, places: Sequence[Place], values: Arrays, graph: ExposedGraph
@@ -293,20 +350,26 @@ class _Judge:
     ) -> tuple[Place, bool | None]:
         """The place at the value that is the module's, if there is one, and whether it is good."""
         for value in place.candidates:
-            if self._is_good(place, values[value]):
+            share = self._share(place, values[value])
+            if share is not None and share <= 1:
+                self.shares[value] = share
                 return replace(place, value=value, position=graph.position(value)), True
-        return place, self._is_good(place, values[place.value])
+        share = self._share(place, values[place.value])
+        return place, None if share is None else False
 
-    def _is_good(self, place: Place, actual: npt.NDArray[Any]) -> bool | None:
-        """None where the two have not the same form, so that nothing can be said."""
+    def _share(self, place: Place, actual: npt.NDArray[Any]) -> float | None:
+        """How much of its limit the error takes up; None where the two have not the same form."""
         found = self._find(place)
-        if found is None or found[0].shape != actual.shape or actual.dtype.kind != "f":
+        if found is None or found[0].shape != actual.shape or actual.dtype.name not in FLOATING:
             return None
         wanted, counts, axis, limit = found
+        actual = actual.astype(np.float32)
+        if np.isnan(actual).any():
+            return float("inf")  # at padding, too: it comes back through the cache
         if place.what != GRAPH:
             actual = _without_padding(actual, counts)
         difference = measure(wanted, actual, counts, axis=axis, logits=False, brief=True)
-        return limit.used(difference) <= 1
+        return limit.used(difference)
 
     def measures(
         self, place: Place
