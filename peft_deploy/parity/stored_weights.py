@@ -28,7 +28,8 @@ from peft_deploy.weights.source import DTYPES
 # another way, for PiSSA), so that a merged weight may differ in its last bits.
 SAME_SUM = 1e-5
 # Of the numbers of a tensor in 8 or 16 bits: a sum that lies between two steps may be rounded to either.
-SAME_STEPS = 1e-3
+# Such a choice changes a byte, or the two numbers in it, by one.
+SAME_STEPS, ONE_STEP = 1e-3, 0x11
 _HASH_BLOCK = 1 << 20
 _STEP = {"float16": 2.0**-10, "bfloat16": 2.0**-7}  # between neighbours, of the larger one
 _TINY = 1e-38
@@ -149,24 +150,25 @@ def difference(stored: FileTensor, wanted: Array, *, summed: bool) -> str | None
         first = start + int(unequal[0]) if first < 0 else first
         gap = np.abs(have[unequal].astype(np.float64) - want[unequal].astype(np.float64))
         off = max(off, float(np.where(np.isnan(gap), np.inf, gap).max()))
-    if first < 0 or (summed and _is_same_sum(wanted, off / max(largest, _TINY), changed)):
+    if first < 0 or (summed and _is_same_sum(wanted, off, max(largest, _TINY), changed)):
         return None
     index = [int(i) for i in np.unravel_index(first, wanted.shape)]
     return f"{changed} of {wanted.size} numbers differ, by up to {off:.3g}; the first is {index}"
 
 
-def _is_same_sum(wanted: Array, off: float, changed: int) -> bool:
+def _is_same_sum(wanted: Array, off: float, largest: float, changed: int) -> bool:
     """Whether another order of adding up explains a difference.
 
     Args:
         wanted: what the export writes.
-        off: the largest difference, of the largest magnitude.
+        off: the largest difference.
+        largest: the largest magnitude.
         changed: how many numbers differ.
     """
     if np.issubdtype(wanted.dtype, np.integer):
-        return changed <= SAME_STEPS * wanted.size
+        return off <= ONE_STEP and changed <= SAME_STEPS * wanted.size
     step = _STEP.get(wanted.dtype.name, 0.0)
-    return off <= SAME_SUM + step and (not step or changed <= SAME_STEPS * wanted.size)
+    return off <= (SAME_SUM + step) * largest and (not step or changed <= SAME_STEPS * wanted.size)
 
 
 def _unequal(have: Array, want: Array) -> npt.NDArray[np.intp]:

@@ -16,6 +16,7 @@ from peft_deploy.environment import debugging, require_onnxruntime
 from peft_deploy.errors import BundleError, ExecutionError, listed
 from peft_deploy.runtime._ort_values import numpy_name, to_numpy, to_ort
 from peft_deploy.runtime.caching import Cache
+from peft_deploy.runtime.exact_arithmetic import exact_model
 from peft_deploy.runtime.external_data import check_external_data
 from peft_deploy.runtime.feeds import (
     check_adapter_ids,
@@ -259,6 +260,7 @@ def _open(
         ort.preload_dlls()  # CUDA's libraries may come from pip
         options.add_session_config_entry(RECORD, "1")
     try:
+        graph = exact_model(path) if graph is None else graph
         if graph is not None:
             options.add_session_config_entry(_WEIGHTS_FOLDER, str(path.parent))
         session = ort.InferenceSession(

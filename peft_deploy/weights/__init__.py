@@ -5,6 +5,7 @@ conversion while streaming, and the safetensors writer. Needs numpy only; must n
 or anything that runs a model.
 """
 
+from peft_deploy.weights.block_quantized import BlockQuantized
 from peft_deploy.weights.blocks import contiguous, contiguous_blocks
 from peft_deploy.weights.canonical import CanonicalTensors
 from peft_deploy.weights.cast import CastTensors, cast_array
@@ -33,6 +34,7 @@ __all__ = [
     "ROUNDING_LIMIT",
     "AdapterTensors",
     "Array",
+    "BlockQuantized",
     "CanonicalTensors",
     "CastTensors",
     "Checkpoint",

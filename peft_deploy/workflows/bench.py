@@ -129,10 +129,9 @@ def _with_memory(
     progress.phase("Measuring memory", len(lanes), "bundles")
     peaks: dict[tuple[str, int, int], int] = {}
     for lane in lanes:
-        for (batch, length), peak in zip(
-            options.sizes, peak_memory(lane, options) or (), strict=False
-        ):
-            peaks[lane.name, batch, length] = peak
+        most = peak_memory(lane, options)
+        if most is not None:
+            peaks |= {(lane.name, *size): n for size, n in zip(options.sizes, most, strict=True)}
         progress.advance(1, lane.name)
     for speed in speeds:
         peak = peaks.get((speed.lane, speed.batch, speed.prompt_tokens))

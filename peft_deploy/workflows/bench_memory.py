@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from peft_deploy.config.bench import BenchOptions
 from peft_deploy.errors import ExecutionError
@@ -62,7 +63,9 @@ def _peak() -> int:
 def main(arguments: Sequence[str]) -> None:
     """Runs one lane at all sizes, the smallest first, and prints the peaks in the order of the options."""
     request = json.loads(arguments[0])
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in request["options"].items()}
+    given: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in request["options"].items()
+    }
     options = BenchOptions(**given)
     lanes = open_lanes([Path(request["folder"])], options, Silent())
     # Adapters are loaded one after the other, and those that come later not at all.

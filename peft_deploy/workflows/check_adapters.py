@@ -19,6 +19,7 @@ from peft_deploy.parity.case_result import CaseResult
 from peft_deploy.parity.report import ParityReport
 from peft_deploy.progress import Progress, Silent
 from peft_deploy.runtime import Session
+from peft_deploy.runtime.exact_arithmetic import exact_arithmetic
 from peft_deploy.runtime.runner import Array
 from peft_deploy.signature import ATTENTION_MASK, INPUT_IDS, POSITION_IDS
 from peft_deploy.workflows.bisect import searched
@@ -33,6 +34,7 @@ _ROWS = 8  # at most, in one batch
 _ROWS_AGREE = 1e-4  # of an output's size; the order of float32 sums depends on the other rows
 
 
+@exact_arithmetic()
 def check_adapters(
     report: ParityReport,
     folder: Path,

@@ -20,6 +20,7 @@ from peft_deploy.parity.passages import PASSAGE, PROMPTS
 from peft_deploy.parity.report import ParityReport
 from peft_deploy.progress import Progress, Silent
 from peft_deploy.runtime import EncoderDecoderRunner, OnnxRunner, Runner, open_runner
+from peft_deploy.runtime.exact_arithmetic import exact_arithmetic
 from peft_deploy.text import Tokenizer
 from peft_deploy.workflows.check_encoder import check_encoder
 from peft_deploy.workflows.check_extras import CheckExtras
@@ -34,6 +35,7 @@ NEW_TOKENS = 32
 _TOKENIZER = "tokenizer.json"
 
 
+@exact_arithmetic()
 def check_bundle(
     folder: Path,
     model: nn.Layer,

@@ -17,6 +17,7 @@ from peft_deploy.parity.prefixed import PrefixedRunner
 from peft_deploy.parity.report import ParityReport
 from peft_deploy.progress import Progress, Silent
 from peft_deploy.runtime import OnnxRunner, Runner, open_runner
+from peft_deploy.runtime.exact_arithmetic import exact_arithmetic
 from peft_deploy.runtime.loaded_adapter import read_for_slots
 from peft_deploy.signature import POSITION_IDS
 from peft_deploy.workflows.bisect import searched
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from peft_deploy.parity.prefix_reference import PrefixReference
 
 
+@exact_arithmetic()
 def check_prefixes(
     report: ParityReport,
     folder: Path,

@@ -22,6 +22,7 @@ from peft_deploy.parity.stored_weights import (
 )
 from peft_deploy.progress import Progress, Silent
 from peft_deploy.weights import TensorSource
+from peft_deploy.weights.block_quantized import QUANTIZED, SCALES
 from peft_deploy.workflows.graph_parts import GraphPart
 from peft_deploy.workflows.sources import ExportSource
 from peft_deploy.workflows.storage import written_parts
@@ -116,7 +117,8 @@ def _names(source: ExportSource, part: GraphPart, format: str) -> dict[str, str]
     names = source.family.names(source.config)
     mapped = {parameter: names.to_huggingface(parameter) for parameter in part.tensors.names()}
     own = {p: m.name if m and format == ONNX else p for p, m in mapped.items()}
-    return own | graph_parameters(part.packed, names)
+    packed = graph_parameters(part.packed, names)
+    return own | {parameter: packed[parameter] for parameter in packed.keys() & own.keys()}
 
 
 def _summed(source: ExportSource, part: GraphPart) -> frozenset[str]:
@@ -124,8 +126,9 @@ def _summed(source: ExportSource, part: GraphPart) -> frozenset[str]:
     if source.adapter is None:
         return frozenset()
     changed = {f"{module}.weight" for module in source.adapter.adapter.pairs}
-    made = set(part.tensors.names()) - set(source.tensors.names())
-    return frozenset(changed | made)
+    kept = {name for name in source.tensors.names() if name not in changed}
+    quantized = {f"{name}{suffix}" for name in kept for suffix in (QUANTIZED, SCALES)}
+    return frozenset(changed | (set(part.tensors.names()) - kept - quantized))
 
 
 def _compare(
@@ -167,6 +170,8 @@ def file_facts(
     tables, renamed = dict[str, str](), dict[str, str]()
     for name, tensor in _stored(place, format).items():
         origin = None if tensor.content is not None else origins.get(tensor.offset)
+        if origin is not None and file.placements[origin].shape != tensor.shape:
+            origin = None  # the same bytes, read in another shape
         if origin is not None and names[origin] != name:
             renamed[name] = origin
         elif origin is None and tensor.content is None:

@@ -23,7 +23,7 @@ from peft_deploy.convert.lora_slots import AddLoraSlotsPass, Selection
 from peft_deploy.convert.opset import CONTRIB
 from peft_deploy.convert.pack_linears import PackLinearsPass
 from peft_deploy.convert.packed_names import graph_modules, graph_parameters
-from peft_deploy.convert.precision import HalfPrecisionPass
+from peft_deploy.convert.precision import HalfPrecisionPass, ReadQuantizedPass
 from peft_deploy.convert.prefix_slots import AddPrefixSlotsPass, slot_specs
 from peft_deploy.convert.weight_file import add_tables
 from peft_deploy.families import NameMap, PackedLinear
@@ -113,8 +113,13 @@ def finish_graph(
         half(converted.model)
         assert half.done is not None  # the pass has run
         facts["precision"] = half.done.to_dict()
+    if precision.quantized:
+        reading = ReadQuantizedPass(file)
+        reading(converted.model)
+        assert reading.done is not None  # the pass has run
+        facts["quantized"] = reading.done.to_dict()
     facts["operators"] = check_graph(
-        converted.model, signature, opset, slots, domains=_domains(fusion)
+        converted.model, signature, opset, slots, domains=_domains(fusion, precision)
     )
     with disk_errors(file.output):
         ir.save(converted.model, path)
@@ -163,8 +168,8 @@ def _fuse(converted: ConvertedGraph, fusion: str, opset: int) -> tuple[dict[str,
     return report.to_dict(), min(opset, OPSETS.stop - 1) if report.refused else opset
 
 
-def _domains(fusion: str) -> tuple[str, ...]:
-    return (CONTRIB,) if fusion == FUSED_ORT else ()
+def _domains(fusion: str, precision: Precision = PRECISIONS[FP32]) -> tuple[str, ...]:
+    return (CONTRIB,) if fusion == FUSED_ORT or precision.quantized else ()
 
 
 def _initializer(names: NameMap, parameter: str) -> str:

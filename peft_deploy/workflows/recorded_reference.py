@@ -23,6 +23,7 @@ from peft_deploy.parity.recording import (
 from peft_deploy.parity.report import ParityReport
 from peft_deploy.progress import Progress, Silent
 from peft_deploy.runtime import Runner, Session, open_encoder, open_runner
+from peft_deploy.runtime.exact_arithmetic import exact_arithmetic
 from peft_deploy.workflows.check_adapters import PART
 from peft_deploy.workflows.check_encoder import PART as ENCODER_PART
 from peft_deploy.workflows.check_prefixes import prefix_runners
@@ -89,6 +90,7 @@ def read_recordings(folder: Path, manifest: Manifest) -> list[Recording]:
     return [read_recording(folder / name) for name in names]
 
 
+@exact_arithmetic()
 def check_recorded(
     folder: Path,
     manifest: Manifest,

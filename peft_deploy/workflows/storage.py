@@ -8,12 +8,15 @@ from dataclasses import replace
 from peft_deploy.config.precision import Precision
 from peft_deploy.errors import ConfigError
 from peft_deploy.weights import (
+    BlockQuantized,
     DecodedTensors,
     EncodedTensors,
     RoundingLoss,
+    Storage,
     StoragePlan,
     TensorSource,
 )
+from peft_deploy.weights.block_quantized import BLOCK
 from peft_deploy.workflows.graph_parts import GraphPart, graph_parts
 from peft_deploy.workflows.sources import ExportSource
 
@@ -27,7 +30,29 @@ def storage_plan(source: ExportSource, precision: Precision) -> StoragePlan:
         source: the model.
         precision: of the bundle.
     """
-    return {}
+    if not precision.quantized:
+        return {}
+    names, plan = source.family.names(source.config), dict[str, Storage]()
+    heads = _shared_with_head(source)
+    for parameter in source.tensors.names():
+        info, mapped = source.tensors.info(parameter), names.to_huggingface(parameter)
+        if len(info.shape) != 2:
+            continue
+        inside = any(part.isdigit() for part in parameter.split("."))
+        bits = precision.bits if inside else precision.head_bits
+        if parameter in heads and bits is not None and info.shape[1] % BLOCK == 0:
+            # Looked up and multiplied by, so that a block must not reach over the end of a row.
+            plan[parameter] = BlockQuantized(bits, rows=True)
+        elif mapped is not None and mapped.is_linear and parameter not in heads and bits:
+            plan[parameter] = BlockQuantized(bits)
+    return plan
+
+
+def _shared_with_head(source: ExportSource) -> frozenset[str]:
+    """The tables of embeddings whose transpose a head multiplies by."""
+    names, tied = source.family.names(source.config), source.family.tied(source.config)
+    linear = {name for name in tied if (mapped := names.to_huggingface(name)) and mapped.is_linear}
+    return frozenset(tied[name] for name in linear)
 
 
 def written_parts(

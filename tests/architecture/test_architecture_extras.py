@@ -51,22 +51,29 @@ NEED_PADDLE = (
 )
 # Exporting is all that needs onnxscript.
 NEED_ONNXSCRIPT = (
+    "peft_deploy.convert.fusions.attention",
+    "peft_deploy.convert.fusions.attention_layout",
     "peft_deploy.convert.fusions.fusion",
     "peft_deploy.convert.fusions.gelu",
     "peft_deploy.convert.fusions.pipeline",
     "peft_deploy.convert.fusions.rms_normalization",
+    "peft_deploy.convert.fusions.rotary_embedding",
+    "peft_deploy.convert.fusions.skip_normalization",
 )
 # The base install has onnx, because onnx-ir imports it. Everything below one of these needs onnx-ir; the rest also
 # starts where onnx is damaged, or slow to import.
 NEED_ONNX_IR = (
     "peft_deploy.convert.adapter_bank",
     "peft_deploy.convert.bind",
+    "peft_deploy.convert.fusions.heads",
+    "peft_deploy.convert.fusions.shapes",
     "peft_deploy.convert.graph",
     "peft_deploy.convert.opset",
     "peft_deploy.convert.lora_slots",
     "peft_deploy.convert.pack_linears",
     "peft_deploy.convert.passes",
     "peft_deploy.convert.postflight",
+    "peft_deploy.convert.precision",
     "peft_deploy.convert.prefix_slots",
     "peft_deploy.workflows.doctor",
     "peft_deploy.workflows.graph",

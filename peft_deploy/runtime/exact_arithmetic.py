@@ -1,0 +1,46 @@
+"""Graphs with quantized weights as they would be without rounding activations, too.
+
+``accuracy_level`` lets onnxruntime round what is multiplied by a quantized weight to int8. That is a property of the
+kernel that it then takes, and no number in the bundle depends on it. A check that asks for float32 instead sees every
+wrong block, scale or operator above noise of 1e-6, where the rounding would be 1e-2; what the rounding costs in
+the end, the loss of a bundle says, which is measured as it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+
+_FLOAT32_ACTIVATIONS = 1  # of accuracy_level
+_exact: ContextVar[bool] = ContextVar("exact", default=False)
+
+
+@contextmanager
+def exact_arithmetic() -> Iterator[None]:
+    """ONNX graphs that are opened in the block compute products with quantized weights in float32."""
+    token = _exact.set(True)
+    try:
+        yield
+    finally:
+        _exact.reset(token)
+
+
+def exact_model(path: Path) -> bytes | None:
+    """The graph with float32 activations, its weights still in their file; None where it is that already.
+
+    Args:
+        path: of the ``.onnx`` file.
+    """
+    if not _exact.get():
+        return None
+    import onnx_ir as ir
+
+    from peft_deploy.convert.precision.block_quantized import ACCURACY_LEVEL, MATMUL
+
+    model = ir.load(path)
+    rounding = [n for n in model.graph if n.op_type == MATMUL and ACCURACY_LEVEL in n.attributes]
+    for node in rounding:
+        node.attributes[ACCURACY_LEVEL] = ir.AttrInt64(ACCURACY_LEVEL, _FLOAT32_ACTIVATIONS)
+    return ir.to_proto(model).SerializeToString() if rounding else None
