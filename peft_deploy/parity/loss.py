@@ -17,7 +17,7 @@ from peft_deploy.parity.cases import Text
 from peft_deploy.parity.compare import cosine, json_number, log_softmax
 from peft_deploy.parity.play import Results, read_text
 from peft_deploy.runtime.runner import Runner
-from peft_deploy.signature import LOGITS
+from peft_deploy.signature import LOGITS, cross_names, present_names
 
 Floats = npt.NDArray[np.float32]
 
@@ -81,7 +81,8 @@ def measure_loss(
         real_text: whether the text is real.
     """
     have, want = read_text(bundle, text).outputs(), known.outputs()
-    names = [name for name in want if not name.startswith(("present.", "encoder."))]
+    caches = {*present_names(len(want)), *cross_names(len(want))}
+    names = [name for name in want if name not in caches]
     near = {name: cosine(want[name], have[name]) for name in names or list(want)[:1]}
     loss = Loss(precision, len(text), real_text, cosine=near)
     if LOGITS not in want:

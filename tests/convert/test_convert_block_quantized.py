@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import onnxruntime as ort
 import pytest
 
 from peft_deploy.convert.bind import bind_weights, is_stored
+from peft_deploy.convert.fusions.shapes import known_shapes
 from peft_deploy.convert.graph import ConvertedGraph
 from peft_deploy.convert.lora_slots import AddLoraSlotsPass
 from peft_deploy.convert.precision import QuantizedWeights, ReadQuantizedPass
@@ -59,6 +61,22 @@ class Weights:
     def read(self, name: str) -> np.ndarray:
         rng = np.random.default_rng(list(SHAPES).index(name))
         return rng.normal(size=SHAPES[name]).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class OneTensor:
+    """Of ones."""
+
+    tensor: TensorInfo
+
+    def names(self) -> list[str]:
+        return [self.tensor.name]
+
+    def info(self, name: str) -> TensorInfo:
+        return self.tensor
+
+    def read(self, name: str) -> np.ndarray:
+        return np.ones(self.tensor.shape, np.float32)
 
 
 def decoded(name: str, plan: StoragePlan) -> np.ndarray:
@@ -121,6 +139,24 @@ def test_the_graph_computes_with_the_decoded_weights(tmp_path: Path) -> None:
     assert off(exact, computed(PLAN, IDS)) < 1e-6
     rounded = OnnxRunner(path).run({"ids": IDS})["logits"]
     assert 1e-4 < off(rounded, computed(PLAN, IDS)) < 3e-2  # activations in int8
+
+
+def test_shapes_are_inferred_beside_small_ones(tmp_path: Path) -> None:
+    """onnx-ir writes small initializers out for that; these have no contents of their own."""
+    info = TensorInfo("small", "float32", (32, 4))
+    model = ir.from_onnx_text(
+        """<ir_version: 10, opset_import: ["" : 21]>
+        g (float[batch, 32] x) => (float[batch, 4] y) { z = MatMul(x, small) y = Relu(z) }"""
+    )
+    storage = BlockQuantized(8)
+    with WeightFile(tmp_path / "model.onnx.data") as file:
+        stream_weights(EncodedTensors(OneTensor(info), {"small": storage}), file, Silent())
+        converted = ConvertedGraph(model, {"small": "small"}, {"small": (32, 4)}, {}, {}, {})
+        bind_weights(converted, file, lambda name: name)
+        with known_shapes(model):
+            assert list(model.graph.node(0).outputs[0].shape or ()) == ["batch", 4]
+        assert [value.name for value in model.graph.inputs] == ["x"]
+        assert is_stored(model.graph.initializers["small"]) is not None
 
 
 def test_the_table_lies_in_the_file_once(tmp_path: Path) -> None:

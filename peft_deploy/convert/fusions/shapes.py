@@ -10,6 +10,8 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from peft_deploy.convert.bind import is_stored
+
 _FLOAT = ir.DataType.FLOAT
 _NARROW = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 
@@ -22,7 +24,7 @@ def known_shapes(model: ir.Model) -> Iterator[None]:
     takes two values of the same symbolic shape to be of one size.
     """
     stated = {id(value) for value in _values(model.graph) if value.shape is not None}
-    with _weights_in_float32(model.graph):
+    with _weights_as_traced(model.graph):
         common.ShapeInferencePass()(model)
     try:
         yield
@@ -33,15 +35,18 @@ def known_shapes(model: ir.Model) -> Iterator[None]:
 
 
 @contextmanager
-def _weights_in_float32(graph: ir.Graph) -> Iterator[None]:
-    """Lets weights of other types look like what the graph was traced in, without their contents.
+def _weights_as_traced(graph: ir.Graph) -> Iterator[None]:
+    """Lets weights of other precisions look like what the graph was traced in, without their contents.
 
-    A graph gets its precision last. Until then inference would see float32 multiplied by float16, and give up.
+    A graph gets its precision last. Until then inference would see float32 multiplied by float16, and give up; and
+    it writes small initializers out, which those that the file holds as several tensors cannot be.
     """
     changed: list[tuple[ir.Value, ir.TensorProtocol]] = []
     for value in graph.initializers.values():
         tensor = value.const_value
-        if tensor is None or tensor.dtype not in _NARROW or value.is_graph_input():
+        if tensor is None or value.is_graph_input():
+            continue
+        if tensor.dtype not in _NARROW and is_stored(value) is None:
             continue
         changed.append((value, tensor))
         zeros = partial(_zeros, tensor.shape.numpy())
