@@ -43,8 +43,8 @@ PRECISIONS: dict[str, Precision] = {
         Precision("bf16", BFLOAT16),
     )
 }
-# The head decides between tokens: 4 bits there cost as much (KL divergence 0.28 to 0.37 on SmolLM2-135M) as a third of
-# what they cost in all other layers together.
+# The head decides between tokens: on SmolLM2-135M with all other layers in 4 bits, a KL divergence of 0.28 became 0.37
+# when the head got 4 bits, too.
 PRECISIONS |= {
     precision.name: precision
     for precision in (

@@ -27,8 +27,8 @@ Floats = npt.NDArray[np.float32]
 class BlockQuantized:
     """Round to nearest: w = scale · (q - 2^(bits-1)), one scale for 32 numbers of a column, no zero points.
 
-    On SmolLM2-135M zero points (0.282 of KL divergence against 0.288 without) and a search for better scales
-    (k-quant: 0.286, in five times the time) change less than the choice of the text does.
+    On SmolLM2-135M with a float head (1024 tokens) this gave a KL divergence of 0.288 and a perplexity of 63.2; zero
+    points 0.282 and 69.6; a search for better scales (k-quant) 0.286 and 70.0 in five times the time.
 
     Args:
         bits: of a number, 4 or 8.
