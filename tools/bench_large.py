@@ -24,6 +24,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from measured_process import process_tree, resident
 from rich.console import Console
 from rich.table import Table
 
@@ -88,35 +89,12 @@ def _drop_cached(folder: Path) -> None:
 
 
 def _sample(parent: int, peaks: dict[str, int]) -> None:
-    children = _descendants(parent)
+    _, *children = process_tree(parent)
     for kind, key in (("resident", "VmRSS"), ("own", "RssAnon")):
-        own, others = _memory(parent, key), sum(_memory(pid, key) for pid in children)
+        own, others = resident(parent, key), sum(resident(pid, key) for pid in children)
         for who, size in (("parent", own), ("child", others), ("together", own + others)):
             name = f"{who}, {kind}"
             peaks[name] = max(peaks.get(name, 0), size)
-
-
-def _descendants(root: int) -> list[int]:
-    tree = [root]
-    for pid in tree:
-        for path in Path(f"/proc/{pid}/task").glob("*/children"):
-            tree += map(int, _text(path).split())
-    return tree[1:]
-
-
-def _memory(pid: int, key: str) -> int:
-    for line in _text(Path(f"/proc/{pid}/status")).splitlines():
-        if line.startswith(f"{key}:"):
-            return int(line.split()[1]) * 1024
-    return 0
-
-
-def _text(path: Path) -> str:
-    """A file's contents; nothing for that of a process which is gone."""
-    try:
-        return path.read_text()
-    except OSError:
-        return ""
 
 
 def export_command(model: Path, precision: str, output: Path) -> list[str]:

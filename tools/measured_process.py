@@ -46,7 +46,7 @@ def run_measured(
         )
         tree_peak, largest = 0, 0
         while process.poll() is None:
-            tree = _process_tree(process.pid)
+            tree = process_tree(process.pid)
             tree_peak = max(tree_peak, sum(resident(pid) for pid in tree))
             largest = max([largest, *(resident(pid, "VmHWM") for pid in tree)])
             time.sleep(SAMPLING_SECONDS)
@@ -57,7 +57,8 @@ def run_measured(
     return Measured(seconds, tree_peak, largest)
 
 
-def _process_tree(root: int) -> list[int]:
+def process_tree(root: int) -> list[int]:
+    """A process and all that it started, itself first."""
     tree = [root]
     for pid in tree:
         for children in Path(f"/proc/{pid}/task").glob("*/children"):
