@@ -146,7 +146,7 @@ def stream_weights(tensors: TensorSource, file: WeightFile, progress: Progress) 
     """
     infos = [tensors.info(name) for name in file.ordered(tensors.names())]
     total = sum(info.nbytes for info in infos)
-    progress.phase("Merging and writing weights", total, "bytes")
+    progress.phase("Writing weights", total, "bytes")
     pieces = in_order(piece for info in infos for piece in pieces_of(tensors, info.name))
     with closing(pieces):  # on an error, too: nobody may still compute when the files are closed
         for number, info in enumerate(infos, 1):

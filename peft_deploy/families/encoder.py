@@ -29,6 +29,12 @@ if TYPE_CHECKING:
     from paddle import Tensor, nn
 
 Head = Literal["embedding", "sequence", "tokens", "answer", "masked"]
+_PEFT_TASKS: Mapping[Head, str] = {
+    "embedding": "FEATURE_EXTRACTION",
+    "sequence": "SEQ_CLS",
+    "tokens": "TOKEN_CLS",
+    "answer": "QUESTION_ANS",
+}
 
 # PaddleNLP takes the activation by its name in paddle.nn.functional; these convert as they are.
 ACTIVATIONS = ("gelu", "relu", "silu", "swish", "tanh")
@@ -102,6 +108,10 @@ class EncoderFamily(Family):
         twin = copy.copy(self)
         twin._pooling = Pooling.of(config) if self.pools(config) else None
         return twin
+
+    def peft_task(self, config: Mapping[str, Any]) -> str | None:
+        """See :meth:`Family.peft_task`."""
+        return _PEFT_TASKS.get(self.head(config))
 
     def head(self, config: Mapping[str, Any]) -> Head:
         """The head of the model that a config.json describes."""

@@ -19,6 +19,10 @@ class EncoderDecoderFamily(Family):
     :meth:`signature` and :meth:`stand_in` are the decoder's. :meth:`dims` has the decoder's layers.
     """
 
+    def peft_task(self, config: Mapping[str, Any]) -> str:
+        """See :meth:`Family.peft_task`."""
+        return "SEQ_2_SEQ_LM"
+
     def signature(self, config: Mapping[str, Any], dtype: str = "float32") -> GraphSignature:
         """See :meth:`Family.signature`; of the decoder's graph."""
         return self._signatures(config, dtype)[1]

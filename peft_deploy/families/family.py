@@ -136,6 +136,10 @@ class Family(ABC):
             )
         return changed
 
+    def peft_task(self, config: Mapping[str, Any]) -> str | None:
+        """What Hugging Face's PEFT calls the task of a model (its ``TaskType``); None where it has no name for it."""
+        return None
+
     def context_length(self, config: Mapping[str, Any]) -> int | None:
         """The most tokens that the model can see, new ones included; None where there is no such limit."""
         return self.dims(config).max_positions
@@ -191,6 +195,10 @@ class DecoderFamily(Family):
     past_layout: ClassVar[str]
     past_argument: ClassVar[str] = "past_key_values"
     genai_type = "decoder"
+
+    def peft_task(self, config: Mapping[str, Any]) -> str:
+        """See :meth:`Family.peft_task`."""
+        return "CAUSAL_LM"
 
     def takes_positions(self, config: Mapping[str, Any]) -> bool:
         """Whether the graph has ``position_ids``: not when positions follow from the mask alone."""

@@ -173,7 +173,10 @@ def _to_folder(
     with AtomicFolder(result.output, _kind(format, Method.LORA), force=force) as folder:
         if format is AdapterFormat.HF:
             expected = adapter.pairs
-            write_peft(folder.path, adapter, names, num_layers=layers, tied=target.tied)
+            task = target.family.peft_task(target.config)
+            write_peft(
+                folder.path, adapter, names, num_layers=layers, tied=target.tied, task=task
+            )
         else:
             uniform = make_uniform(adapter.pairs)
             expected = uniform.pairs

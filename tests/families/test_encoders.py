@@ -293,3 +293,19 @@ def test_a_merged_checkpoint_is_the_adapted_model(
             returned = theirs(**feeds)
         values = returned[0] if isinstance(returned, tuple) else returned
         np.testing.assert_array_equal(values.numpy(), first[1].numpy())
+
+
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [
+        ("bert-embedding", "FEATURE_EXTRACTION"),
+        ("bert-classification", "SEQ_CLS"),
+        ("ernie-tokens", "TOKEN_CLS"),
+        ("roberta-answers", "QUESTION_ANS"),
+        ("ernie-masked-lm", None),
+        ("llama", "CAUSAL_LM"),
+    ],
+)
+def test_what_peft_calls_the_task(name: str, task: str | None) -> None:
+    config = tiny.config_of(name)
+    assert find_family(config).peft_task(config) == task

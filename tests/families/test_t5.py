@@ -298,6 +298,7 @@ def test_an_adapter_goes_to_peft_and_back(name: str, tmp_path: Path) -> None:
     convert_adapter(tmp_path / "peft", tmp_path / "back", to="paddle", base=base)
     config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text("utf-8"))
     assert {"q", "wo"} <= set(config["target_modules"])
+    assert config["task_type"] == "SEQ_2_SEQ_LM"
     want, have = (read_adapter(tmp_path / folder).pairs for folder in ("lora", "back"))
     assert want.keys() == have.keys()
     assert {"t5.encoder.block.1.layer.0.SelfAttention.q"} < want.keys()

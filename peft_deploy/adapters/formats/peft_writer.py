@@ -46,6 +46,7 @@ def write_peft(
     *,
     num_layers: int | None = None,
     tied: Mapping[str, str] | None = None,
+    task: str | None = None,
 ) -> Path:
     """Writes a folder that PEFT loads; A and B keep every bit, ranks and scalings stand in the configuration.
 
@@ -55,6 +56,7 @@ def write_peft(
         names: of the base model's family.
         num_layers: L of the base model; where it is known, target_modules can be short.
         tied: PaddleNLP parameter → the one whose storage it shares in this base model.
+        task: PEFT's name of what the base model does, such as ``CAUSAL_LM``.
 
     Returns:
         The file of weights.
@@ -77,6 +79,7 @@ def write_peft(
     state |= {f"{PREFIX}{name}": array for name, array in saved.items()}
     pairs = {name: adapter.pairs[module] for module, (name, _) in modules.items()}
     config = {
+        "task_type": task,
         **_ranks_and_alphas(adapter, pairs),
         "target_modules": _targets(pairs, names, num_layers),
         "modules_to_save": [name.removesuffix(".weight") for name in saved] or None,
@@ -94,7 +97,6 @@ def write_peft(
 
 _FIXED: dict[str, Any] = {
     "peft_type": LORA,
-    "task_type": "CAUSAL_LM",
     "auto_mapping": None,
     "revision": None,
     "inference_mode": True,
