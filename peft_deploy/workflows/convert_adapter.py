@@ -174,9 +174,7 @@ def _to_folder(
         if format is AdapterFormat.HF:
             expected = adapter.pairs
             task = target.family.peft_task(target.config)
-            write_peft(
-                folder.path, adapter, names, num_layers=layers, tied=target.tied, task=task
-            )
+            write_peft(folder.path, adapter, names, num_layers=layers, tied=target.tied, task=task)
         else:
             uniform = make_uniform(adapter.pairs)
             expected = uniform.pairs

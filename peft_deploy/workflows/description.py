@@ -11,6 +11,7 @@ from peft_deploy.bundle import Manifest
 from peft_deploy.config.export import RUNTIME, ExportOptions
 from peft_deploy.config.layer_signature import LayerSignature
 from peft_deploy.signature import GraphSignature
+from peft_deploy.workflows.kept_adapters import planned_slots
 from peft_deploy.workflows.sources import EXPORT_DTYPE, ExportSource, NamedAdapter
 from peft_deploy.workflows.storage import written_parts
 
@@ -165,6 +166,8 @@ def plan_lines(source: ExportSource, options: ExportOptions) -> list[str]:
         f"prefix {prefix.name}: {prefix.prefix.num_tokens} tokens; it fits the base model"
         for prefix in source.prefixes
     ]
+    if options.keeps_adapters:
+        plan.append(f"slots for adapters on {len(planned_slots(source, options))} linear layers")
     plan.append(f"the bundle would hold {total / 1e6:,.0f} MB of weights in {options.precision}")
     return plan
 

@@ -92,6 +92,25 @@ def select_layers(source: ExportSource, options: ExportOptions) -> Selection:
     return select
 
 
+def planned_slots(source: ExportSource, options: ExportOptions) -> list[str]:
+    """The layers that :func:`select_layers` would choose of those that are linear by their names.
+
+    Raises:
+        AdapterError, ConfigError: see there.
+    """
+    names = source.family.names(source.config)
+    linears = []
+    for parameter in source.tensors.names():
+        mapped = names.to_huggingface(parameter)
+        if (
+            mapped is not None
+            and mapped.is_linear
+            and len(source.tensors.info(parameter).shape) == 2
+        ):
+            linears.append(mapped.name.removesuffix(".weight"))
+    return select_layers(source, options)(linears)
+
+
 def _require_linears(named: NamedAdapter, modules: Sequence[str], linears: Sequence[str]) -> None:
     others = set(modules) - set(linears)
     if others:

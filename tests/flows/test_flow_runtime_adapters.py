@@ -339,4 +339,10 @@ def test_a_dry_run_says_what_is_kept(tiny_llama: Path, tiny_adapter: Path, tmp_p
     assert result.exit_code == 0, result.stderr
     plan = json.loads(result.stdout)["plan"]
     assert any("adapter poet, kept apart from the weights" in line for line in plan)
+    assert any(line.startswith("slots for adapters on ") for line in plan)
+    result = run(
+        *words, "runtime", "--output", tmp_path / "out", "--dry-run", "--slots", ".*gatt_proj"
+    )
+    assert result.exit_code == 2
+    assert "gate_proj" in result.stderr
     assert not (tmp_path / "out").exists()

@@ -21,8 +21,8 @@ from peft_deploy.weights import BlockQuantized, StoredTensor
 from peft_deploy.weights.block_quantized import BLOCK, QUANTIZED, SCALES
 
 MATMUL, GATHER = "MatMulNBits", "GatherBlockQuantized"
-# Activations are rounded to int8 in blocks of 32, too, for which onnxruntime has kernels of whole numbers; a session can
-# be asked for float32 (level 1).
+# Activations are rounded to int8 in blocks of 32, too, for which onnxruntime has kernels of whole numbers; a session
+# can be asked for float32 (level 1).
 ACCURACY_LEVEL, INT8_ACTIVATIONS = "accuracy_level", 4
 
 
