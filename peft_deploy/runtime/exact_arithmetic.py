@@ -12,6 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 _FLOAT32_ACTIVATIONS = 1  # of accuracy_level
 _exact: ContextVar[bool] = ContextVar("exact", default=False)
@@ -37,10 +41,21 @@ def exact_model(path: Path) -> bytes | None:
         return None
     import onnx_ir as ir
 
+    model = ir.load(path)
+    return ir.to_proto(model).SerializeToString() if without_rounding(model) else None
+
+
+def without_rounding(model: ir.Model) -> bool:
+    """Makes every product with quantized weights one in float32.
+
+    Returns:
+        Whether there was one that rounds what it multiplies.
+    """
+    import onnx_ir as ir
+
     from peft_deploy.convert.precision.block_quantized import ACCURACY_LEVEL, MATMUL
 
-    model = ir.load(path)
     rounding = [n for n in model.graph if n.op_type == MATMUL and ACCURACY_LEVEL in n.attributes]
     for node in rounding:
         node.attributes[ACCURACY_LEVEL] = ir.AttrInt64(ACCURACY_LEVEL, _FLOAT32_ACTIVATIONS)
-    return ir.to_proto(model).SerializeToString() if rounding else None
+    return bool(rounding)

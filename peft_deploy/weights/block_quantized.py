@@ -18,6 +18,7 @@ from peft_deploy.weights.source import Array, TensorInfo
 
 BLOCK = 32  # numbers that share a scale
 QUANTIZED, SCALES = ".quantized", ".scales"  # what the file gets in place of a tensor
+TABLE = ".table"  # behind the former, where a graph reads the same bytes in another shape
 _COLUMNS = 1024  # quantized at a time: of a matrix with 11008 rows, 45 MB in float32
 
 Floats = npt.NDArray[np.float32]

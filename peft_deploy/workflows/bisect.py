@@ -21,8 +21,9 @@ from peft_deploy.parity.expectation import Expectation
 from peft_deploy.parity.report import ParityReport
 from peft_deploy.progress import Progress, Silent
 from peft_deploy.weights import Array
+from peft_deploy.weights.block_quantized import QUANTIZED, SCALES, TABLE
 from peft_deploy.workflows.check_extras import CheckExtras
-from peft_deploy.workflows.check_weights import PACKED
+from peft_deploy.workflows.check_weights import PACKED, names_in_bundle, parts_of
 from peft_deploy.workflows.sources import ExportSource
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def with_finding(
     found = locate(folder, reference, expectation, ordered, names, precision.dtype, active)
     if found is None:
         return replace(report, warnings=[*report.warnings, _NOTHING])
-    wrong = _wrong_weights(folder, found, source)
+    wrong = [*_wrong_weights(folder, found, source), *_wrong_blocks(folder, found, source)]
     found = replace(found, weights=[*wrong, *_wrong_files(found, active or Activation())])
     write_reproduction(output, folder, found)
     return replace(report, finding=found)
@@ -149,6 +150,25 @@ def _wrong_weights(folder: Path, found: Finding, source: ExportSource) -> list[W
             if note is not None:
                 inside = "" if name == stored else f" (columns of {stored})"
                 wrong.append(Weight(name, note + inside))
+    return wrong
+
+
+def _wrong_blocks(folder: Path, found: Finding, source: ExportSource) -> list[Weight]:
+    """Likewise quantized ones: their numbers, or the scales of those."""
+    graph, manifest, wrong = ExposedGraph(folder), Manifest.read(folder), list[Weight]()
+    (part,) = parts_of(manifest, source)
+    tensors = {name: own for own, name in names_in_bundle(manifest, source, part).items()}
+    for stored in graph.initializers_of(found.nodes):
+        name = stored.removesuffix(TABLE)
+        if not name.endswith((QUANTIZED, SCALES)) or name not in tensors:
+            continue
+        want = part.tensors.read(tensors[name])
+        have = graph.weight(stored).reshape(want.shape)
+        blocks = (have != want).reshape(*want.shape[:2], -1).any(-1)  # [out, blocks]
+        if blocks.any():
+            first = [int(i) for i in np.argwhere(blocks)[0]]
+            note = f"{blocks.sum()} of {blocks.size} blocks are others; the first is {first}"
+            wrong.append(Weight(stored, note))
     return wrong
 
 

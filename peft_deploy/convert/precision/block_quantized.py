@@ -18,7 +18,7 @@ from peft_deploy.convert.opset import CONTRIB
 from peft_deploy.convert.weight_file import WeightFile
 from peft_deploy.errors import ConversionError
 from peft_deploy.weights import BlockQuantized, StoredTensor
-from peft_deploy.weights.block_quantized import BLOCK, QUANTIZED, SCALES
+from peft_deploy.weights.block_quantized import BLOCK, QUANTIZED, SCALES, TABLE
 
 MATMUL, GATHER = "MatMulNBits", "GatherBlockQuantized"
 # Activations are rounded to int8 in blocks of 32, too, for which onnxruntime has kernels of whole numbers; a session
@@ -172,7 +172,7 @@ class _Weight:
 
     def _part(self, suffix: str, shape: tuple[int, ...] | None = None) -> ir.Value:
         """The initializer for a part, in another shape where one is given."""
-        name = f"{self.value.name}{suffix}{'' if shape is None else '.table'}"
+        name = f"{self.value.name}{suffix}{'' if shape is None else TABLE}"
         if name not in self.graph.initializers:
             value = ir.Value(name=name)
             placement = self.file.placements[self.stored.parts[suffix]]

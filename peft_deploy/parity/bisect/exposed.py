@@ -15,6 +15,7 @@ from peft_deploy.errors import ExecutionError
 from peft_deploy.parity.bisect.activation import Activation
 from peft_deploy.parity.bisect.taps import GRAPH, INPUT, OUTPUT
 from peft_deploy.runtime import check_external_data
+from peft_deploy.runtime.exact_arithmetic import without_rounding
 from peft_deploy.signature import GraphSignature, present_names
 
 if TYPE_CHECKING:
@@ -62,15 +63,21 @@ class ExposedGraph:
     """
 
     def __init__(self, folder: Path, active: Activation | None = None) -> None:
-        import onnx_ir as ir
-
         check_external_data(folder / MODEL)
         self.active = active or Activation()
         self._folder = folder
-        self._model = ir.load(folder / MODEL)
+        self._model = self._read()
         self._nodes: list[ir.Node] = list(self._model.graph)
         self._order = {id(node): i for i, node in enumerate(self._nodes)}
         self._producers = {str(value.name): node for node in self._nodes for value in node.outputs}
+
+    def _read(self) -> ir.Model:
+        """A copy of the graph, computing as the check does; its weights are not read."""
+        import onnx_ir as ir
+
+        model = ir.load(self._folder / MODEL)
+        without_rounding(model)
+        return model
 
     def output_of(self, scope: str) -> tuple[str, int] | None:
         """Name and position of the value that a module gives to the rest of the graph.
@@ -177,7 +184,7 @@ class ExposedGraph:
         names = list(dict.fromkeys(values))
         if not names:  # to onnxruntime that would mean all
             return {}
-        model = ir.load(self._folder / MODEL)  # a copy; its weights are not read
+        model = self._read()
         known = {v.name: v for node in model.graph for v in node.outputs}
         grown = present_names(len(model.graph.outputs))
         # onnxruntime drops what no output needs: behind the first bad layer, that is most of a model
@@ -275,7 +282,7 @@ class ExposedGraph:
         """
         import onnx_ir as ir
 
-        model = ir.load(self._folder / MODEL)
+        model = self._read()
         graph, wanted = model.graph, set(nodes)
         values = {v.name: v for node in graph for v in node.outputs}
         values |= {v.name: v for v in graph.inputs}
