@@ -16,19 +16,19 @@ from types import ModuleType
 import numpy as np
 import onnx
 from made_bundles import LORA, PREFIX, Exported, make_folders
-from mutation_subjects import behind_prefix
+from mutation_subjects import adapted_model, behind_prefix
 
-from peft_deploy.bundle import Manifest
+from peft_deploy.bundle import MODEL, MODEL_DATA, Manifest
 from peft_deploy.bundle.adapter_files import adapter_path
 from peft_deploy.bundle.prefixes import prefix_path, read_prefix_file
 from peft_deploy.parity import ParityReport
 from peft_deploy.parity.prefixed import PrefixedRunner
 from peft_deploy.parity.reference import PaddleReference
-from peft_deploy.progress import Silent
 from peft_deploy.runtime import Session, open_runner
 from peft_deploy.workflows.check_bundle import check_bundle, check_runner
+from peft_deploy.workflows.check_weights import names_in_bundle, parts_of
 from peft_deploy.workflows.convert_adapter import convert_adapter
-from peft_deploy.workflows.sources import EXPORT_DTYPE, ExportSource
+from peft_deploy.workflows.sources import ExportSource
 
 MERGED, AT_RUN_TIME = "LoRA merged", "LoRA at run time"
 
@@ -76,9 +76,7 @@ def run_trials(exported: Exported, folder: Path, seed: int, recipe: ModuleType) 
     )
     source = made.source()
     _copy_with_weights(exported.bundle, made.bundle, source)
-    active = source.kept[0] if source.kept else source.adapter
-    assert active is not None
-    model = source.load_adapted(Silent(), active)
+    model = adapted_model(made.bundle, source)
     family, config = source.family, source.config
     if exported.at_run_time:
         options = {"to": "onnx", "bundle": made.bundle, "force": True}
@@ -123,24 +121,19 @@ def _copy_with_weights(bundle: Path, copy: Path, source: ExportSource) -> None:
     manifest = json.loads((copy / "peft_deploy.json").read_text("utf-8"))
     manifest["base"]["fingerprint"] = source.fingerprint()
     (copy / "peft_deploy.json").write_text(json.dumps(manifest), "utf-8")
-    for graph in copy.rglob("model.onnx"):
-        _replace_weights(graph, source)
+    _replace_weights(copy, source)
 
 
-def _replace_weights(path: Path, source: ExportSource) -> None:
-    graph = onnx.load(str(path), load_external_data=False).graph
-    places = {t.name: {e.key: e.value for e in t.external_data} for t in graph.initializer}
-    merged, names = source.merged(EXPORT_DTYPE), source.family.names(source.config)
-    data, replaced = bytearray(path.with_suffix(".onnx.data").read_bytes()), 0
-    for parameter in merged.names():
-        mapped = names.to_huggingface(parameter)
-        place = places.get(mapped.name if mapped else parameter)
-        if place is None:  # of the other graph of a bundle that has two
-            continue
-        value = np.ascontiguousarray(merged.read(parameter)).tobytes()
-        start, length = int(place["offset"]), int(place["length"])
-        assert length == len(value) and data[start : start + length] != value
-        data[start : start + length] = value
-        replaced += 1
-    assert replaced
-    path.with_suffix(".onnx.data").write_bytes(data)
+def _replace_weights(bundle: Path, source: ExportSource) -> None:
+    manifest = Manifest.read(bundle)
+    for part in parts_of(manifest, source):
+        path = bundle / part.folder / MODEL
+        graph = onnx.load(str(path), load_external_data=False).graph
+        places = {t.name: {e.key: e.value for e in t.external_data} for t in graph.initializer}
+        data = bytearray(path.with_name(MODEL_DATA).read_bytes())
+        for tensor, name in names_in_bundle(manifest, source, part).items():
+            value = np.ascontiguousarray(part.tensors.read(tensor)).tobytes()
+            start, length = (int(places[name][key]) for key in ("offset", "length"))
+            assert length == len(value) and data[start : start + length] != value
+            data[start : start + length] = value
+        path.with_name(MODEL_DATA).write_bytes(data)

@@ -8,16 +8,18 @@ from types import ModuleType
 
 import peft_deploy
 from peft_deploy.config.export import RUNTIME, ExportOptions
+from peft_deploy.config.precision import FP32
 from peft_deploy.workflows.sources import ExportSource, from_folders
 
 LORA, PREFIX = "lora", "prefix"
-# subject → the small model that it is, and whether its adapter stays apart from the weights
+# subject → the small model that it is, whether its adapter stays apart from the weights, and its precision
 BUNDLES = {
-    "llama": ("llama", False),
-    "llama, LoRA at run time": ("llama", True),
-    "opt": ("opt", False),
-    "bloom": ("bloom", False),
-    "bert": ("bert-embedding", False),
+    "llama": ("llama", False, FP32),
+    "llama, LoRA at run time": ("llama", True, FP32),
+    "opt": ("opt", False, FP32),
+    "bloom": ("bloom", False, FP32),
+    "bert": ("bert-embedding", False, FP32),
+    "llama, int4": ("llama", False, "int4"),
 }
 BEHIND_PREFIX = "llama behind a prefix"
 SUBJECTS = (*BUNDLES, BEHIND_PREFIX)
@@ -78,10 +80,13 @@ def make_folders(
     return Exported(model, folder, at_run_time)
 
 
-def export(made: Exported) -> Exported:
+def export(made: Exported, precision: str = FP32) -> Exported:
     """Writes the bundle. Its graph is not fused: faults are put into single steps of it."""
     options = ExportOptions(
-        fuse="none", validate=False, adapters=RUNTIME if made.at_run_time else None
+        fuse="none",
+        precision=precision,
+        validate=False,
+        adapters=RUNTIME if made.at_run_time else None,
     )
     peft_deploy.export(made.folder / "base", made.bundle, adapter=made.adapters, options=options)
     return made
@@ -95,10 +100,10 @@ def make_bundle(name: str, folder: Path, recipe: ModuleType) -> Exported:
         folder: an empty folder.
         recipe: models/tiny/make.py.
     """
-    model, at_run_time = BUNDLES[name]
+    model, at_run_time, precision = BUNDLES[name]
     with_prefix = name == bundle_of(BEHIND_PREFIX)
     made = make_folders(recipe, folder, model, at_run_time=at_run_time, with_prefix=with_prefix)
-    return export(made)
+    return export(made, precision)
 
 
 def bundle_of(name: str) -> str:

@@ -29,11 +29,13 @@ from peft_deploy.parity.recording import Recording
 from peft_deploy.parity.reference import PaddleReference
 from peft_deploy.progress import Silent
 from peft_deploy.runtime import Runner, Session, open_runner
+from peft_deploy.runtime.exact_arithmetic import exact_arithmetic
 from peft_deploy.workflows.bisect import with_finding
 from peft_deploy.workflows.check_bundle import check_bundle, check_runner
 from peft_deploy.workflows.check_extras import CheckExtras
 from peft_deploy.workflows.check_weights import check_weights
 from peft_deploy.workflows.kept_adapters import kept_tensors
+from peft_deploy.workflows.rounded_reference import load_stored
 from peft_deploy.workflows.sources import EXPORT_DTYPE, ExportSource
 
 
@@ -111,8 +113,9 @@ class Subject:
         shutil.copytree(self.folder, folder)
         return folder
 
+    @exact_arithmetic()
     def runner(self, folder: Path) -> Runner:
-        """What runs a copy, its adapter or prefix active."""
+        """What runs a copy as the check does, its adapter or prefix active."""
         if self.name == BEHIND_PREFIX:
             prefix = self.prefix(folder)
             return PrefixedRunner(open_runner(folder), prefix)
@@ -183,9 +186,7 @@ def read_subject(name: str, exported: Exported, seed: int = 0) -> Subject:
     """
     folder, source = exported.bundle, exported.source()
     extras = CheckExtras(record=True, bounded=False)
-    active = source.kept[0] if source.kept else source.adapter
-    assert active is not None
-    model = source.load_adapted(Silent(), active)
+    model = adapted_model(folder, source)
     family, config = source.family, source.config
     reference = PaddleReference(model, family, config)
     subject = Subject(name, folder, source, reference, Recording("", None, (), (), None))  # type: ignore[arg-type]
@@ -203,6 +204,12 @@ def read_subject(name: str, exported: Exported, seed: int = 0) -> Subject:
     assert report.passed, report.summary()
     assert not report.warnings, report.warnings
     return replace(subject, reference=reference, recording=extras.recordings[0])
+
+
+def adapted_model(bundle: Path, source: ExportSource) -> Any:
+    """The model that a bundle is held to, with the numbers of its precision and the adapter active."""
+    named = source.kept[0] if source.kept else None
+    return load_stored(source, Manifest.read(bundle).precision, Silent(), named)
 
 
 def behind_prefix(reference: PaddleReference, source: ExportSource) -> PaddleReference:

@@ -30,7 +30,7 @@ class Mutation:
         layer: the layer that it has to name; None for faults that are in no layer, or in all.
         seen: whether a case can see it; what none can see has to be seen in the bundle's files.
         runs: whether the graph still runs in every case.
-        file: a tensor of a file beside the graph that the search has to name as wrong.
+        file: a tensor of a file beside the graph, or one of blocks, that the search has to name as wrong.
     """
 
     name: str
@@ -100,6 +100,7 @@ def catalogue() -> list[Mutation]:
     from mutations_adapter import ADAPTER_MUTATIONS, FILE_MUTATIONS
     from mutations_decoder import GRAPH_MUTATIONS
     from mutations_families import FAMILY_MUTATIONS
+    from mutations_quantized import QUANTIZED_MUTATIONS
     from mutations_weights import WEIGHT_MUTATIONS
 
     return [
@@ -108,4 +109,5 @@ def catalogue() -> list[Mutation]:
         *GRAPH_MUTATIONS,
         *FAMILY_MUTATIONS,
         *FILE_MUTATIONS,
+        *QUANTIZED_MUTATIONS,
     ]
