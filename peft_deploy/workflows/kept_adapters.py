@@ -108,7 +108,7 @@ def planned_slots(source: ExportSource, options: ExportOptions) -> list[str]:
             and len(source.tensors.info(parameter).shape) == 2
         ):
             linears.append(mapped.name.removesuffix(".weight"))
-    return select_layers(source, options)(linears)
+    return list(select_layers(source, options)(linears))
 
 
 def _require_linears(named: NamedAdapter, modules: Sequence[str], linears: Sequence[str]) -> None:
