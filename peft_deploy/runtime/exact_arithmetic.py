@@ -14,6 +14,8 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from peft_deploy.weights.block_quantized import MATMUL
+
 if TYPE_CHECKING:
     import onnx_ir as ir
 
@@ -37,7 +39,8 @@ def exact_model(path: Path) -> bytes | None:
     Args:
         path: of the ``.onnx`` file.
     """
-    if not _exact.get():
+    # Most graphs have no such operator, and need no package to be read in order to say so.
+    if not _exact.get() or MATMUL.encode() not in path.read_bytes():
         return None
     import onnx_ir as ir
 
@@ -53,7 +56,7 @@ def without_rounding(model: ir.Model) -> bool:
     """
     import onnx_ir as ir
 
-    from peft_deploy.convert.precision.block_quantized import ACCURACY_LEVEL, MATMUL
+    from peft_deploy.convert.precision.block_quantized import ACCURACY_LEVEL
 
     rounding = [n for n in model.graph if n.op_type == MATMUL and ACCURACY_LEVEL in n.attributes]
     for node in rounding:

@@ -16,6 +16,7 @@ from peft_deploy.errors import CheckpointError
 from peft_deploy.weights.blocks import contiguous
 from peft_deploy.weights.source import Array, TensorInfo
 
+MATMUL = "MatMulNBits"  # onnxruntime's operator
 BLOCK = 32  # numbers that share a scale
 QUANTIZED, SCALES = ".quantized", ".scales"  # what the file gets in place of a tensor
 TABLE = ".table"  # behind the former, where a graph reads the same bytes in another shape

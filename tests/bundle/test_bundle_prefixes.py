@@ -77,7 +77,6 @@ def test_slots_carry_the_same_tensors_and_the_offset() -> None:
             {"head_dim": 6},
             r"float32 \[1, 2, 5, 4\], the graph takes float32 \[1, 2, 'length', 6\]",
         ),
-        ({"dtype": "float16"}, "the graph takes float16"),
     ],
 )
 def test_a_prefix_of_another_model_is_refused(

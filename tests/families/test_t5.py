@@ -114,7 +114,7 @@ def run_stand_ins(
 @pytest.fixture(params=["untouched", "guarded", "left behind"])
 def mixed_precision(request: pytest.FixtureRequest) -> Iterator[None]:
     """Paddle's state of mixed precision: none, one that is off, one that a failed guard did not take back."""
-    before = auto_cast.amp_state()
+    auto_cast._g_amp_state_ = None  # other tests may have left one behind
     with ExitStack() as stack:
         if request.param == "guarded":
             stack.enter_context(paddle.amp.auto_cast(enable=False))
@@ -123,7 +123,7 @@ def mixed_precision(request: pytest.FixtureRequest) -> Iterator[None]:
                 stack.enter_context(paddle.amp.auto_cast(level="unknown"))
         assert bool(auto_cast.amp_state()) == (request.param != "untouched")
         yield
-    auto_cast._g_amp_state_ = before
+    auto_cast._g_amp_state_ = None
 
 
 @pytest.mark.usefixtures("mixed_precision")

@@ -153,7 +153,8 @@ FAULTS: dict[str, tuple[Fault, Wanted]] = {
     ),
     "caches swapped between layers": (
         swapped_caches,
-        Wanted("present.1.key", "graph output", 20, "/present.1.key"),
+        # The layers are good, so nothing inside of them was looked at: all that the wrong key comes from is suspected.
+        Wanted("present.1.key", "graph output", 25, "/present.1.key"),
     ),
     "last norm": (
         weight("model.norm.weight", lambda w: 1.001 * w),

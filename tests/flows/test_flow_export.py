@@ -165,7 +165,8 @@ def test_weights_are_external_and_inside_the_folder(merged_bundle: Path) -> None
     tensors = [v.const_value for v in graph.initializers.values()]
     external = [t for t in tensors if isinstance(t, ir.ExternalTensor)]
     assert {t.location for t in external} == {"model.onnx.data"}
-    assert len(external) == 14 + 5 + 2 + 2  # linears, norms, embedding and head, rotary tables
+    linears = 2 * 4  # of two layers: queries, keys and values are one, and gate and up
+    assert len(external) == linears + 5 + 2 + 2  # norms, embedding and head, rotary tables
     assert all(t.dtype == ir.DataType.INT64 or t.size == 1 for t in tensors if t not in external)
 
 

@@ -119,7 +119,7 @@ def test_the_graph_is_the_base_graph_and_three_nodes_a_slot(
     added = [node for node in slotted if node not in base]
     assert [node for node in slotted if node in base] == base
     assert len(added) == 3 * 14
-    assert added[:3] == [
+    assert [node for node in added if "layers.0/self_attn/q_proj" in node[0]] == [
         ("/model/layers.0/self_attn/q_proj/lora_A/MatMul", "MatMul"),
         ("/model/layers.0/self_attn/q_proj/lora_B/MatMul", "MatMul"),
         ("/model/layers.0/self_attn/q_proj/lora/Add", "Add"),

@@ -165,7 +165,7 @@ def test_each_file_holds_what_its_graph_uses(bundle: Path) -> None:
         assert {Path(path).parent.resolve() for path in paths} == {folder.resolve()}
     decoder, encoder = used
     assert decoder & encoder == {"shared.weight"}
-    assert "decoder.block.1.layer.1.EncDecAttention.k.weight" in encoder
+    assert "decoder.block.1.layer.1.EncDecAttention.kv.weight" in encoder
     assert not any("EncDecAttention.k" in name for name in decoder)
 
 

@@ -35,7 +35,8 @@ class GraphEdit:
     def weight(self, name: str) -> Array:
         """Of a layer that is packed with others, its columns of theirs."""
         name, columns = self._place(name)
-        return numpy_helper.to_array(self._tensors[name])[..., columns].copy()
+        whole = numpy_helper.to_array(self._tensors[name])
+        return (whole[..., columns] if whole.ndim else whole).copy()
 
     def set_weight(self, name: str, value: Array) -> None:
         """The new value has the old one's type and shape, and is another one."""

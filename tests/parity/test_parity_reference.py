@@ -145,7 +145,7 @@ def test_a_large_model_has_no_float64_copy(
     monkeypatch.setattr(reference_module, "MAX_EXACT_BYTES", 1000)
     assert reference.exact() is None
     monkeypatch.undo()
-    monkeypatch.setattr(reference_module, "_free_memory", lambda: 1000)
+    monkeypatch.setattr(reference_module, "available_memory", lambda: 1000)
     assert reference.exact() is None
 
 

@@ -31,7 +31,7 @@ def test_the_floor_is_a_few_roundings() -> None:
     limit = derive_limit([silent], exact=True)
     assert limit.maximum == 16 * 2.0**-24
     assert limit.mean == 2 * 2.0**-24
-    assert derive_limit([silent], exact=True, dtype="float16").maximum == 16 * 2.0**-11
+    assert derive_limit([silent], exact=True, dtype="float16").maximum == 4 * 2.0**-11
     assert derive_limit([silent], exact=False).maximum == FLOOR_WITHOUT_EXACT
 
 

@@ -39,8 +39,10 @@ def test_the_loss_of_a_matrix_that_takes_several_blocks(given: bool) -> None:
     assert (result == merge_weight(W, pair, dtype="bfloat16")).all()
     exact = W.astype(np.float64) + 2.0 * (pair.A.astype(np.float64) @ pair.B.astype(np.float64))
     lost = np.linalg.norm(result.astype(np.float64) - exact)
-    found = losses["layer.weight"].relative  # of a sixth of the rows
-    assert found == pytest.approx(lost / np.linalg.norm(exact - before), rel=0.05)
+    # Of 124 rows, whose changes are sums of three squares: their mean is known to 0.82 / sqrt(124),
+    # and its root to half of that.
+    found = losses["layer.weight"].relative
+    assert found == pytest.approx(lost / np.linalg.norm(exact - before), rel=4 * 0.037)
     assert found > 0.1
 
 

@@ -18,9 +18,9 @@ from peft_deploy.convert.opset import CONTRIB
 from peft_deploy.convert.weight_file import WeightFile
 from peft_deploy.errors import ConversionError
 from peft_deploy.weights import BlockQuantized, StoredTensor
-from peft_deploy.weights.block_quantized import BLOCK, QUANTIZED, SCALES, TABLE
+from peft_deploy.weights.block_quantized import BLOCK, MATMUL, QUANTIZED, SCALES, TABLE
 
-MATMUL, GATHER = "MatMulNBits", "GatherBlockQuantized"
+GATHER = "GatherBlockQuantized"
 # Activations are rounded to int8 in blocks of 32, too, for which onnxruntime has kernels of whole numbers; a session
 # can be asked for float32 (level 1).
 ACCURACY_LEVEL, INT8_ACTIVATIONS = "accuracy_level", 4
