@@ -46,7 +46,10 @@ class GraphEdit:
         assert not np.array_equal(value, old), f"{name} is what it was"
         name, columns = self._place(name)
         whole = numpy_helper.to_array(self._tensors[name]).copy()
-        whole[..., columns] = value
+        if whole.ndim:
+            whole[..., columns] = value
+        else:
+            whole = value
         self._tensors[name].CopyFrom(numpy_helper.from_array(whole, name))
 
     def _place(self, name: str) -> tuple[str, slice]:
