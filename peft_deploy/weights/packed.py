@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
+from functools import partial
 
 import numpy as np
 
@@ -69,7 +70,7 @@ class PackedTensors:
                 for blocks in parts:
                     stack.enter_context(closing(blocks))
                 for rows in _side_by_side(parts):
-                    yield lambda rows=rows: np.concatenate(rows, -1)  # type: ignore[misc]
+                    yield partial(np.concatenate, rows, -1)
 
     def _known(self, name: str) -> str:
         if name not in self._plain:

@@ -9,7 +9,8 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper
+from small_graphs import build_graph, random_weights
 
 from peft_deploy.convert.adapter_bank import AddAdapterBankPass
 from peft_deploy.convert.lora_slots import LoraSlots
@@ -17,7 +18,6 @@ from peft_deploy.convert.postflight import check_graph
 from peft_deploy.errors import ConversionError
 from peft_deploy.signature import GraphSignature, TensorSpec
 
-F = TensorProto.FLOAT
 SHAPES = {
     "layers.0.up.weight": (6, 8),
     "layers.0.up.bias": (8,),
@@ -34,8 +34,7 @@ Arrays = Mapping[str, np.ndarray]
 
 @pytest.fixture
 def weights() -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(1)
-    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in SHAPES.items()}
+    return random_weights(SHAPES)
 
 
 def build(weights: Arrays, first: list[object]) -> ir.Model:
@@ -53,18 +52,7 @@ def build(weights: Arrays, first: list[object]) -> ir.Model:
         helper.make_node("MatMul", ["e", "pooler.weight"], ["y"]),
     ]
     integers = {"zero": np.array(0), "three": np.array([-1, 1, 6])}
-    graph = helper.make_graph(
-        nodes,
-        "g",
-        [helper.make_tensor_value_info("x", F, ["batch", "sequence", 6])],
-        [helper.make_tensor_value_info("y", F, ["batch", 5])],
-        [numpy_helper.from_array(array, n) for n, array in (weights | integers).items()],
-    )
-    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    loaded = ir.from_proto(proto)
-    for i, node in enumerate(loaded.graph):
-        node.name = f"node {i}"
-    return loaded
+    return build_graph(nodes, {**weights, **integers}, ["batch", 5])
 
 
 @pytest.fixture

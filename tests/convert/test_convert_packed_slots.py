@@ -8,13 +8,13 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper
+from small_graphs import build_graph, random_weights
 
 from peft_deploy.convert.adapter_bank import AddAdapterBankPass
 from peft_deploy.convert.lora_slots import AddLoraSlotsPass, find_linears
 from peft_deploy.convert.weight_file import WeightFile
 
-F = TensorProto.FLOAT
 SIZES = {"q": 4, "k": 2, "v": 3}
 PACKED = {"layers.0.qkv": [f"layers.0.{part}" for part in SIZES]}
 Arrays = dict[str, np.ndarray]
@@ -22,19 +22,18 @@ Arrays = dict[str, np.ndarray]
 
 @pytest.fixture
 def weights() -> Arrays:
-    rng = np.random.default_rng(1)
     shapes = {
         "layers.0.qkv.weight": (6, 9),
         "layers.0.qkv.bias": (9,),
         "layers.0.out.weight": (9, 5),
     }
-    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    return random_weights(shapes)
 
 
 @pytest.fixture
 def model(weights: Arrays) -> ir.Model:
     """y = out(v k q), whose parts come from one product."""
-    sizes = numpy_helper.from_array(np.array(list(SIZES.values()), np.int64), "sizes")
+    sizes = np.array(list(SIZES.values()), np.int64)
     nodes = [
         helper.make_node("MatMul", ["x", "layers.0.qkv.weight"], ["a"]),
         helper.make_node("Add", ["a", "layers.0.qkv.bias"], ["b"]),
@@ -42,18 +41,7 @@ def model(weights: Arrays) -> ir.Model:
         helper.make_node("Concat", ["v", "k", "q"], ["c"], axis=-1),
         helper.make_node("MatMul", ["c", "layers.0.out.weight"], ["y"]),
     ]
-    graph = helper.make_graph(
-        nodes,
-        "g",
-        [helper.make_tensor_value_info("x", F, ["batch", "sequence", 6])],
-        [helper.make_tensor_value_info("y", F, ["batch", "sequence", 5])],
-        [sizes, *(numpy_helper.from_array(array, name) for name, array in weights.items())],
-    )
-    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    loaded = ir.from_proto(proto)
-    for i, node in enumerate(loaded.graph):
-        node.name = f"node {i}"
-    return loaded
+    return build_graph(nodes, {"sizes": sizes, **weights}, ["batch", "sequence", 5])
 
 
 def expected(w: Arrays, x: np.ndarray, change: Arrays) -> np.ndarray:

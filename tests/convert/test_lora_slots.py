@@ -10,7 +10,8 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper
+from small_graphs import build_graph, random_weights
 
 from peft_deploy.convert.lora_slots import AddLoraSlotsPass, LoraSlots, find_linears
 from peft_deploy.convert.postflight import check_graph
@@ -18,7 +19,6 @@ from peft_deploy.convert.weight_file import WeightFile
 from peft_deploy.errors import ConversionError
 from peft_deploy.signature import GraphSignature, TensorSpec
 
-F = TensorProto.FLOAT
 SIGNATURE = GraphSignature(
     (TensorSpec("x", "float32", ("batch", "sequence", 6)),),
     (TensorSpec("y", "float32", ("batch", "sequence", 5)),),
@@ -28,7 +28,6 @@ Arrays = Mapping[str, np.ndarray]
 
 @pytest.fixture
 def weights() -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(1)
     shapes = {
         "layers.0.up.weight": (6, 8),
         "layers.0.up.bias": (8,),
@@ -37,7 +36,7 @@ def weights() -> dict[str, np.ndarray]:
         "norm.weight": (6,),
         "head.weight": (6, 5),
     }
-    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    return random_weights(shapes)
 
 
 @pytest.fixture
@@ -54,18 +53,7 @@ def model(weights: Arrays) -> ir.Model:
         helper.make_node("Add", ["d", "f"], ["g"]),
         helper.make_node("MatMul", ["g", "head.weight"], ["y"]),
     ]
-    graph = helper.make_graph(
-        nodes,
-        "g",
-        [helper.make_tensor_value_info("x", F, ["batch", "sequence", 6])],
-        [helper.make_tensor_value_info("y", F, ["batch", "sequence", 5])],
-        [numpy_helper.from_array(array, name) for name, array in weights.items()],
-    )
-    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    loaded = ir.from_proto(proto)
-    for i, node in enumerate(loaded.graph):
-        node.name = f"node {i}"
-    return loaded
+    return build_graph(nodes, weights, ["batch", "sequence", 5])
 
 
 def expected(w: Arrays, x: np.ndarray, change: Arrays) -> np.ndarray:

@@ -337,20 +337,9 @@ def test_a_recorded_reference_has_no_modules(recorded: Path, tmp_path: Path) -> 
         validate(recorded, bisect=tmp_path / "found")
 
 
-@pytest.fixture(scope="module")
-def packed_bundle(
-    tiny_llama: Path, tiny_adapter: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """The same model with projections of one input in one matrix."""
-    output = tmp_path_factory.mktemp("packed") / "merged"
-    options = ExportOptions(fuse="onnx", validate=False)
-    peft_deploy.export(tiny_llama, output, adapter=tiny_adapter, options=options)
-    return output
-
-
 @pytest.mark.parametrize("part", ["q_proj", "v_proj"])
 def test_a_fault_in_a_packed_weight_is_found_in_its_part(
-    part: str, trained: Side, packed_bundle: Path, tmp_path: Path
+    part: str, trained: Side, merged_bundle: Path, tmp_path: Path
 ) -> None:
     merged = trained.source.merged("float32")
     width = merged.info(f"{LAYER}.self_attn.{part}.weight").shape[1]
@@ -363,7 +352,7 @@ def test_a_fault_in_a_packed_weight_is_found_in_its_part(
 
     packed = "model.layers.1.self_attn.qkv_proj"
     fault = weight(f"{packed}.weight", scaled)
-    folder = broken(packed_bundle, tmp_path / "broken", fault)
+    folder = broken(merged_bundle, tmp_path / "broken", fault)
     found = checked(trained, folder, tmp_path / "reproduction").finding
     assert found is not None
     assert (found.module, found.what) == (f"{LAYER}.self_attn.{part}", "output"), str(found)

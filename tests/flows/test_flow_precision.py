@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -97,9 +98,9 @@ def test_another_adapter_than_the_reference_has_is_no_rounding(
 
     right = merged.merge_weight
 
-    def scaled(*args: object, **kwargs: object) -> object:
+    def scaled(*args: Any, **kwargs: Any) -> Any:
         base = np.asarray(args[0])
-        return (base + 1.01 * (right(*args, **kwargs) - base)).astype(base.dtype)  # type: ignore[arg-type,operator]
+        return (base + 1.01 * (right(*args, **kwargs) - base)).astype(base.dtype)
 
     monkeypatch.setattr(merged, "merge_weight", scaled)
     with pytest.raises(ParityError, match="adapter"):

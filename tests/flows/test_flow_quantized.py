@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -33,9 +34,9 @@ IDS = np.array([[3, 17, 5, 9, 40, 33, 8], [8, 5, 6, 99, 120, 1, 7]])
 Blocks = np.ndarray  # [out, blocks, ...]
 
 
-def export(base: Path, output: Path, precision: str = "int4", **given: object) -> Path:
-    options = ExportOptions(precision=precision, **given.pop("options", {}))  # type: ignore[arg-type]
-    peft_deploy.export(base, output, options=options, **given)  # type: ignore[arg-type]
+def export(base: Path, output: Path, precision: str = "int4", **given: Any) -> Path:
+    options = ExportOptions(precision=precision, **given.pop("options", {}))
+    peft_deploy.export(base, output, options=options, **given)
     return output
 
 
@@ -118,15 +119,17 @@ def off(found: np.ndarray, wanted: np.ndarray) -> float:
     return float(np.abs(found - wanted).max() / np.abs(wanted).max())
 
 
+def inputs_of(node: ir.Node) -> list[ir.Value]:
+    return [value for value in node.inputs if value is not None]
+
+
 def read_blocks(bundle: Path) -> dict[str, np.ndarray]:
     """Weight [out, in] → the numbers that the file's bits stand for; none of the package's code takes part."""
-    weights, found = ir.load(bundle / MODEL).graph.initializers, {}
-    nodes = {str(n.inputs[1].name): n for n in ir.load(bundle / MODEL).graph if _reads_blocks(n)}  # type: ignore[union-attr]
+    graph, found = ir.load(bundle / MODEL).graph, {}
+    nodes = {str(inputs_of(node)[1].name): node for node in graph if _reads_blocks(node)}
     for name, node in nodes.items():
-        packed, scales = (
-            weights[str(v.name)].const_value.numpy()  # type: ignore[union-attr]
-            for v in node.inputs[1:3]
-        )
+        tensors = [value.const_value for value in inputs_of(node)[1:3]]
+        packed, scales = (tensor.numpy() for tensor in tensors if tensor is not None)
         if node.attributes["bits"].as_int() == 4:
             packed = np.stack([packed % 16, packed // 16], -1).reshape(*packed.shape[:2], 32)
             numbers = packed.astype(np.float32) - 8

@@ -9,15 +9,11 @@ import numpy as np
 import pytest
 import tiny_graph
 import tiny_slots
-
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
-sys.path.append(str(TOOLS))
-
-from peers import results, table  # noqa: E402
-from peers.builds import Build, BuildError, Workshop  # noqa: E402
-from peers.contenders import EAGER, FP32, GENAI, INT4, OURS, RANK_64, SLOTS_OFF  # noqa: E402
-from peers.crew import Record  # noqa: E402
-from peers.onnx_loop import OnnxLoop  # noqa: E402
+from peers import results, table
+from peers.builds import Build, BuildError, Workshop
+from peers.contenders import EAGER, FP32, GENAI, INT4, OURS, RANK_64, SLOTS_OFF
+from peers.crew import Record
+from peers.onnx_loop import OnnxLoop
 
 PROMPT, STEPS = [5, 9, 77], 6
 

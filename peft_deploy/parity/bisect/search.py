@@ -193,9 +193,8 @@ def _search(
     layers = [p for p in places if _is_layer(p) and judge.knows(p)]
     good, bad = _first_bad_layer(layers, judge, graph)
     start, end = max((p.position for p in good), default=-1), bad.position if bad else -1
-    if (
-        bad is None
-    ):  # it may be behind all layers, or a cache that is handed out wrongly in any of them
+    if bad is None:
+        # It may be behind all layers, or a cache that is handed out wrongly in any of them.
         outer = [p for p in places if p.what == GRAPH or p.position > start]
         _, late = judge.split(outer, graph.run(call.feeds, _values(outer)), graph)
         if late is None:
