@@ -144,7 +144,7 @@ def test_embeddings_and_whole_tensors(tmp_path: Path) -> None:
 def test_what_is_written_is_what_peft_looks_for(tmp_path: Path) -> None:
     tensors = lora_tensors(QV, "bfloat16")
     adapter = read_peft(write(tmp_path / "a", tensors, use_rslora=True), NAMES)
-    write_peft(tmp_path / "b", adapter, NAMES, num_layers=LAYERS)
+    write_peft(tmp_path / "b", adapter, NAMES, num_layers=LAYERS, task="CAUSAL_LM")
     config = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
     wanted = {k: made.ordinary()[k] for k in config} | {"use_rslora": True}
     assert config == wanted
