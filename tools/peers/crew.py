@@ -12,7 +12,6 @@ from typing import Any
 
 from peers.contenders import Contender
 
-LOADS = 3
 CHUNK = 8  # decoding steps of one contender before it is the next one's turn
 
 
@@ -116,7 +115,7 @@ def lanes_of(workers: Sequence[Worker]) -> list[Lane]:
 
 
 def load_all(lanes: Sequence[Lane], prompt: Sequence[int]) -> dict[str, str]:
-    """Loads every contender several times, in turn, and generates two tokens with it.
+    """Loads every contender and generates two tokens with it.
 
     Returns:
         Who failed, and how, of those that are not required.
@@ -124,32 +123,41 @@ def load_all(lanes: Sequence[Lane], prompt: Sequence[int]) -> dict[str, str]:
     Raises:
         WorkerError: one that is required failed.
     """
-    gone: dict[str, str] = {}
-    for _ in range(LOADS):
-        for worker, own in _by_worker(lanes):
-            if str(worker) in gone:
-                continue
-            try:
-                seconds = worker.ask("load")["seconds"]
-                for lane in own:
-                    worker.ask("start", variant=lane.variant, prompt=list(prompt))
-                    worker.ask("decode", variant=lane.variant, steps=1)
-                    lane.record.load.append(seconds)
-            except WorkerError as exc:
-                if worker.contender.required:
-                    raise
-                gone[str(worker)] = f"does not run here: {exc}"
-    return gone
+    failed = ((w, _failure_of_loading(w, own, prompt)) for w, own in _by_worker(lanes))
+    return {str(worker): f"does not run here: {exc}" for worker, exc in failed if exc is not None}
+
+
+def _failure_of_loading(
+    worker: Worker, lanes: Sequence[Lane], prompt: Sequence[int]
+) -> WorkerError | None:
+    try:
+        _load(worker, lanes, prompt)
+    except WorkerError as exc:
+        if worker.contender.required:
+            raise
+        return exc
+    return None
+
+
+def _load(worker: Worker, lanes: Sequence[Lane], prompt: Sequence[int]) -> None:
+    seconds = worker.ask("load")["seconds"]
+    for lane in lanes:
+        worker.ask("start", variant=lane.variant, prompt=list(prompt))
+        worker.ask("decode", variant=lane.variant, steps=1)
+        lane.record.load.append(seconds)
 
 
 def measure(lanes: Sequence[Lane], prompt: Sequence[int], rounds: int, steps: int) -> None:
     """Fills the records.
 
     A round reads the prompt with every lane in turn, then lets every lane decode a few steps in turn until ``steps``
-    are done, so that whatever else the machine does falls on all of them alike. Each round begins with another lane.
-    One more round goes before them, which does not count; its tokens do, as all rounds give the same.
+    are done, so that whatever else the machine does falls on all of them alike. Each round begins with another lane,
+    and with every contender loaded anew: where its weights come to lie in memory makes decoding up to a tenth faster
+    or slower. One more round goes before them, which does not count; its tokens do, as all rounds give the same.
     """
     for turn in range(rounds + 1):
+        for worker, own in _by_worker(lanes) if turn else ():
+            _load(worker, own, prompt)
         order = [*lanes[turn % len(lanes) :], *lanes[: turn % len(lanes)]]
         for lane in order:
             answer = lane.worker.ask("start", variant=lane.variant, prompt=list(prompt))
