@@ -14,19 +14,37 @@
     use it ``slow``.
 ``minilm``
     The folder of the sentence encoder all-MiniLM-L6-v2, likewise.
+``no_graph_cache``
+    Every export traces and converts. Otherwise the processes of one run of tests keep graphs for each other.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 from filelock import FileLock
 from model_recipes import load_recipe
+
+from peft_deploy.convert.graph_cache import CACHE_VARIABLE
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _graphs_of_this_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    base = tmp_path_factory.getbasetemp()
+    run = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv(CACHE_VARIABLE, str(run / "cache"))
+        yield
+
+
+@pytest.fixture
+def no_graph_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CACHE_VARIABLE, "")
 
 
 @pytest.fixture(scope="session")

@@ -54,6 +54,7 @@ def _measure(args: argparse.Namespace) -> Run:
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tools"))),
+        "PEFT_DEPLOY_CACHE": "",  # every export does all of its work
         "MKL_DEBUG_CPU_TYPE": "5",  # an AMD processor's fast path in Paddle's MKL
         "TRANSFORMERS_VERBOSITY": "error",
         "HF_HUB_OFFLINE": "1",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import shutil
@@ -11,14 +12,23 @@ import site
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import peft_deploy.errors
-from peft_deploy.config.export import ONNX
-from peft_deploy.convert.worker import ERROR_FILE, REQUEST_FILE
+from peft_deploy.config.export import ONNX, PADDLE
+from peft_deploy.convert.graph_cache import GraphCache
+from peft_deploy.convert.worker import (
+    CONSTANTS_FILE,
+    ERROR_FILE,
+    GRAPH_FILE,
+    NAMES_FILE,
+    PROGRAM_FILE,
+    REQUEST_FILE,
+)
 from peft_deploy.environment import debugging, require
 from peft_deploy.errors import ConverterCrashError, PeftDeployError
 
@@ -28,11 +38,15 @@ if TYPE_CHECKING:
 
 LOG_FILE = "log.txt"
 _PIPE_BYTES = 1 << 16
+_RESULTS = {
+    ONNX: frozenset({GRAPH_FILE, NAMES_FILE, CONSTANTS_FILE}),
+    PADDLE: frozenset({PROGRAM_FILE, NAMES_FILE, CONSTANTS_FILE}),
+}
 _LOG_LINES = 12  # of the child's log, in the message about a crash
 
 
 class ConversionJob:
-    """Tracing and converting, running beside this process from the moment it is made.
+    """Tracing and converting, running beside this process from the moment it is made; or what that gave before.
 
     A context manager: leaving it ends the child and removes its folder, whatever happened.
 
@@ -55,25 +69,38 @@ class ConversionJob:
         *,
         traced: Callable[[Path], None] | None = None,
     ) -> None:
-        converter = ("paddle2onnx",) if format == ONNX else ()
-        for package in ("paddle", "paddlenlp", *converter):
-            require(package, "paddle", "exporting a model")
-        self._folder = Path(tempfile.mkdtemp(prefix="peft-deploy-"))
         request = {"config": dict(config), "opset": opset, "format": format}
         request["traced"] = traced is not None
         self._format = format
+        self._process: subprocess.Popen[bytes] | None = None
+        # A program that was traced elsewhere can be of anything.
+        self._cache = GraphCache(request) if traced is None else None
+        self._folder = Path(tempfile.mkdtemp(prefix="peft-deploy-"))
+        try:
+            if self._cache is None or not self._cache.take(self._folder):
+                self._begin(request, traced)
+        except BaseException:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            raise
+
+    def _begin(self, request: Mapping[str, Any], traced: Callable[[Path], None] | None) -> None:
+        converter = ("paddle2onnx",) if self._format == ONNX else ()
+        for package in ("paddle", "paddlenlp", *converter):
+            require(package, "paddle", "exporting a model")
         (self._folder / REQUEST_FILE).write_text(json.dumps(request), "utf-8")
+        if traced is not None:
+            traced(self._folder)
         self._events, writing = os.pipe()
         try:
-            if traced is not None:
-                traced(self._folder)
             self._process = self._start(writing)
         except BaseException:
             os.close(self._events)
-            shutil.rmtree(self._folder, ignore_errors=True)
             raise
         finally:
             os.close(writing)
+        if self._format == ONNX:
+            # Two seconds of Python that would begin when the graph is there; meanwhile the caller writes weights.
+            threading.Thread(target=_import_libraries, daemon=True).start()
 
     def _start(self, writing: int) -> subprocess.Popen[bytes]:
         with (self._folder / LOG_FILE).open("wb") as log:
@@ -96,14 +123,15 @@ class ConversionJob:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._process.poll() is None:
-            self._process.kill()
-        self._process.wait()
-        os.close(self._events)
+        if self._process is not None:
+            if self._process.poll() is None:
+                self._process.kill()
+            self._process.wait()
+            os.close(self._events)
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def result(self, on_phase: Callable[[str], None]) -> ConvertedGraph | StaticProgram:
-        """Waits for the child and reads what it made.
+        """Reads what was made before, or waits for the child and reads what it made.
 
         Args:
             on_phase: is called with the title of the phase that the child is in.
@@ -112,6 +140,9 @@ class ConversionJob:
             PeftDeployError: the error that the child met, of the child's class.
             ConverterCrashError: the child died; its last log lines are in the message.
         """
+        if self._process is None:
+            on_phase("Taking the graph from the cache")
+            return self._read()
         while lines := os.read(
             self._events, _PIPE_BYTES
         ):  # empty: the child closed its end or died
@@ -125,6 +156,11 @@ class ConversionJob:
             raise _rebuild(json.loads(error.read_text("utf-8")))
         if status != 0:
             raise self._crash(status)
+        if self._cache is not None:
+            self._cache.keep(self._folder, _RESULTS[self._format])
+        return self._read()
+
+    def _read(self) -> ConvertedGraph | StaticProgram:
         if self._format != ONNX:
             from peft_deploy.convert.paddle_static import StaticProgram
 
@@ -152,6 +188,12 @@ class ConversionJob:
             f"the converter's process {how}; its log ends with\n{tail or '  (nothing)'}",
             hint="run again with --debug for the whole log",
         )
+
+
+def _import_libraries() -> None:
+    """What reads and fuses graphs. Nothing of this package, whose modules the caller may be importing right now."""
+    for library in ("onnx_ir", "onnxscript.rewriter.pattern"):
+        importlib.import_module(library)
 
 
 def _rebuild(error: Mapping[str, Any]) -> PeftDeployError:

@@ -12,7 +12,7 @@ import pytest
 from peft_deploy.convert import ConversionJob
 from peft_deploy.errors import ConverterCrashError, UnsupportedModelError
 
-pytestmark = pytest.mark.convert
+pytestmark = [pytest.mark.convert, pytest.mark.usefixtures("no_graph_cache")]
 
 
 @pytest.fixture
@@ -47,6 +47,7 @@ def test_nothing_is_left_in_the_users_home(
 
 def test_a_child_that_dies_is_an_error_with_its_log(config: dict[str, Any]) -> None:
     with ConversionJob(config, 17) as job:
+        assert job._process is not None
         job._process.send_signal(signal.SIGABRT)
         with pytest.raises(ConverterCrashError, match="was ended by SIGABRT"):
             job.result(lambda _title: None)
@@ -63,4 +64,4 @@ def test_an_error_of_the_child_arrives_as_what_it_is(config: dict[str, Any]) -> 
 def test_leaving_early_ends_the_child(config: dict[str, Any]) -> None:
     with ConversionJob(config, 17) as job:
         process = job._process
-    assert process.returncode == -signal.SIGKILL
+    assert process is not None and process.returncode == -signal.SIGKILL
