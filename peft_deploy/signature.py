@@ -90,6 +90,11 @@ class TensorSpec:
     dtype: str
     dims: tuple[int | str, ...]
 
+    @property
+    def is_last_logits(self) -> bool:
+        """Whether it has the logits of a call's last token alone."""
+        return self.name == LOGITS and len(self.dims) == 3 and self.dims[1] == 1
+
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready form of the specification."""
         return {"name": self.name, "dtype": self.dtype, "dims": list(self.dims)}
@@ -135,6 +140,22 @@ class GraphSignature:
             return tuple(replace(s, dtype=dtype) if s.name in names else s for s in specs)
 
         return GraphSignature(changed(self.inputs), changed(self.outputs))
+
+    @property
+    def last_logits(self) -> bool:
+        """Whether the logits are those of the last token alone, [batch, 1, vocab]."""
+        return any(spec.is_last_logits for spec in self.outputs)
+
+    def with_last_logits(self) -> GraphSignature:
+        """The same with the logits [batch, sequence, vocab] of the last token alone, [batch, 1, vocab]."""
+
+        def changed(spec: TensorSpec) -> TensorSpec:
+            if spec.name != LOGITS:
+                return spec
+            batch, _, vocab = spec.dims
+            return replace(spec, dims=(batch, 1, vocab))
+
+        return replace(self, outputs=tuple(map(changed, self.outputs)))
 
     @property
     def cross(self) -> tuple[TensorSpec, ...]:

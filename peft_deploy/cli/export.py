@@ -88,6 +88,11 @@ if TYPE_CHECKING:
     help="Of the arithmetic and the weights.",
 )
 @click.option(
+    "--last-logits",
+    is_flag=True,
+    help="Compute the logits of the last token only, which is all that generation needs: prompts are read faster.",
+)
+@click.option(
     "--pooling",
     type=click.Choice(["mean", "cls", "none"]),
     help="Of the sentence embeddings of an encoder; default: as its folder says.",
@@ -130,6 +135,7 @@ def export_command(
     fuse: str | None,
     opset: int | None,
     precision: str,
+    last_logits: bool,
     pooling: str | None,
     no_validate: bool,
     validate_layers: int | str | None,
@@ -175,6 +181,7 @@ def export_command(
         fuse=fuse,
         opset=opset,
         precision=precision,
+        last_logits=last_logits,
         pooling=pooling,
         validate=not no_validate,
         validate_layers=validate_layers,

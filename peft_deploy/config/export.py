@@ -48,6 +48,7 @@ class ExportOptions:
             :data:`~peft_deploy.config.precision.PRECISIONS`; Paddle's format has ``"fp32"`` only.
         pooling: of the sentence embeddings that an encoder without a head gives beside its hidden states:
             ``"mean"`` or ``"cls"``, ``"none"`` for none of them; None does what the model's folder says.
+        last_logits: compute the logits of the last token only, [batch, 1, vocab]: all that generation needs.
         prefix_slots: give the graph inputs for a prefix with an empty default, so that a prefix can be an
             ``.onnx_adapter`` file.
         validate: check the bundle against the dynamic graph before it is put in place.
@@ -74,6 +75,7 @@ class ExportOptions:
     fuse: str | None = None
     opset: int | None = None
     precision: str = FP32
+    last_logits: bool = False
     prefix_slots: bool = False
     pooling: str | None = None
     validate: bool = True
@@ -126,6 +128,7 @@ class ExportOptions:
         self._check_layers()
         self._check_fusion()
         self._check_precision()
+        self._check_last_logits()
         if self.format not in FORMATS:
             raise ConfigError(
                 f"format {self.format!r} is unknown; it can be {' or '.join(FORMATS)}"
@@ -227,6 +230,21 @@ class ExportOptions:
                 f"precision {self.precision} cannot be checked by an export, which runs the bundle on the CPU: "
                 f"{NO_BFLOAT16}",
                 hint="add --no-validate, and check it on a GPU: peft-deploy validate BUNDLE --provider cuda",
+            )
+
+    def _check_last_logits(self) -> None:
+        if not self.last_logits:
+            return
+        if self.format == PADDLE:
+            raise ConfigError(
+                "the logits of the last token alone are cut out of the ONNX graph; the format is Paddle's own",
+                hint="leave --last-logits out, or --format paddle",
+            )
+        if self.arithmetic.dtype != PRECISIONS[FP32].dtype and self.validate and not self.dry_run:
+            raise ConfigError(
+                "logits of the last token alone cannot be told from wrong ones in 16 bits: single tokens are that far "
+                "off, and there are no others beside them",
+                hint="export without --last-logits to check the model; then with it and --no-validate",
             )
 
     def _check_bank(self) -> None:

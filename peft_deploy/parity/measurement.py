@@ -121,7 +121,8 @@ def compare_case(
     *,
     brief: bool = False,
 ) -> Differences:
-    """How far results are from what the texts of a case have to give, output by output.
+    """How far results are from what the texts of a case have to give, output by output; those that have nothing that
+    counts, such as the logits of a last token that is padding, are left out.
 
     Args:
         case: that was run.
@@ -135,12 +136,13 @@ def compare_case(
         spec.name: measure(
             want[spec.name],
             have[spec.name],
-            counted(case, spec),
+            counts,
             axis=token_axis(spec),
             logits=spec.name == LOGITS,
             brief=brief,
         )
         for spec in signature.outputs
+        if (counts := counted(case, spec)).any()
     }
 
 

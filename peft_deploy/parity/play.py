@@ -40,7 +40,8 @@ class Results:
 
     Args:
         values: output → array. Outputs with one value a new token are those of all calls, [B, T - given, …];
-            the cache and outputs with one value a row are those of the last call, [B, K, T, D] and [B, …].
+            the cache and outputs with one value a row are those of the last call, [B, K, T, D] and [B, …]; the logits
+            of last tokens alone are those of all calls, [B, calls, V].
     """
 
     values: Mapping[str, Floats]
@@ -57,15 +58,19 @@ class Results:
 
 def token_axis(spec: TensorSpec) -> int | None:
     """The axis of an output along which tokens lie; None where it has one value a row."""
+    if spec.is_last_logits:
+        return 1  # those of several calls side by side
     return next(
         (axis for axis, dim in enumerate(spec.dims) if dim in (SEQUENCE, SOURCE, TOTAL)), None
     )
 
 
 def read_text(runner: Runner, text: Text) -> Results:
-    """The outputs for one text, alone, unpadded, in one call."""
+    """The outputs for one text, alone, unpadded, in one call where that gives those of every token."""
     slots = np.arange(len(text), dtype=np.int64)[None]
-    return run_case(runner, Case(text.name, "texts", (text,), slots, (len(text),)), {})
+    # Every token counts here, also to a runner that gives a call's last one only.
+    calls = (1,) * len(text) if runner.signature.last_logits else (len(text),)
+    return run_case(runner, Case(text.name, "texts", (text,), slots, calls), {})
 
 
 def expected(case: Case, known: Mapping[Text, Results], signature: GraphSignature) -> Results:
@@ -78,10 +83,10 @@ def expected(case: Case, known: Mapping[Text, Results], signature: GraphSignatur
     """
     values = {}
     for spec in signature.outputs:
-        axis, first = token_axis(spec), 0 if TOTAL in spec.dims else case.given
+        axis, columns = token_axis(spec), _columns(case, spec)
         rows = [known[text].values[spec.name][0] for text in case.texts]
         if axis is not None:
-            slots = case.slots[:, first:]
+            slots = case.slots[:, columns]
             rows = [_place(row, s, axis - 1) for row, s in zip(rows, slots, strict=True)]
         values[spec.name] = np.stack(rows)
     return Results(values)
@@ -95,10 +100,20 @@ def _place(values: Floats, row: npt.NDArray[np.int64], axis: int = 0) -> Floats:
 
 
 def counted(case: Case, spec: TensorSpec) -> Bools:
-    """Where an output counts: [B, T - given] for one value a new token, [B, T] for the cache, [B] for one a row."""
+    """Where an output counts: [B, T - given] for one value a new token, [B, T] for the cache, [B, calls] for the
+    logits of each call's last token, [B] for one value a row.
+    """
     if token_axis(spec) is None:
         return np.ones(len(case.texts), np.bool_)
-    return case.counts if TOTAL in spec.dims else case.counts[:, case.given :]
+    return case.counts[:, _columns(case, spec)]
+
+
+def _columns(case: Case, spec: TensorSpec) -> npt.NDArray[np.int64]:
+    """The places of a case that an output has values for."""
+    places = np.arange(case.slots.shape[1], dtype=np.int64)
+    if TOTAL in spec.dims:
+        return places
+    return case.given + np.cumsum(case.calls) - 1 if spec.is_last_logits else places[case.given :]
 
 
 def run_case(runner: Runner, case: Case, given: Mapping[str, Floats]) -> Results:

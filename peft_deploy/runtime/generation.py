@@ -132,6 +132,12 @@ class GenerationRun:
         self._runner = caching(runner)
         self._options = options
         self._batch = pad_batch(prompts, options.pad_id, options.padding)
+        if runner.signature.last_logits and options.padding == "right" and len(prompts) > 1:
+            raise ConfigError(
+                "this bundle computes the logits of the last place only, where a prompt that is padded on the right "
+                "has no token",
+                hint="pad on the left",
+            )
         self._lengths = self._batch.lengths  # [B], grows with the tokens
         self._prompt_lengths = self._lengths.copy()
         self._prefix = prefix.past if isinstance(prefix, Prefix) else prefix
@@ -185,7 +191,8 @@ class GenerationRun:
         places = self._batch.position_ids + self._offset
         logits, cache = self._step(self._batch.input_ids, mask, places, cache)
         width = logits.shape[1]
-        last = self._lengths - 1 if self._options.padding == "right" else np.full(rows, width - 1)
+        right = self._options.padding == "right" and not self._runner.signature.last_logits
+        last = self._lengths - 1 if right else np.full(rows, width - 1)
         return self._choose(logits[np.arange(rows), last]), mask, cache
 
     def _decode(

@@ -37,8 +37,14 @@ def check_bisectable(manifest: Manifest) -> None:
     """Passes when a bundle can be looked into.
 
     Raises:
-        ConfigError: it is not in ONNX format, of a layer that no family knows, has two graphs, or a bank of adapters.
+        ConfigError: it is not in ONNX format, of a layer that no family knows, has two graphs, a bank of adapters, or
+            the logits of the last token alone.
     """
+    if manifest.signature.last_logits:
+        raise ConfigError(
+            "a bundle with the logits of the last token alone cannot be bisected",
+            hint="export the same model without --last-logits",
+        )
     if manifest.encoder is not None:
         raise ConfigError("only bundles of one graph can be bisected; this one has two")
     if bank_capacity(manifest.graph) is not None:

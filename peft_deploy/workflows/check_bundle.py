@@ -65,6 +65,8 @@ def check_bundle(
 
     reference = PaddleReference(model, family, config)
     expected = reference.signature.with_cache_in(arithmetic_of(folder))
+    if Manifest.read(folder).signature.last_logits:
+        expected = expected.with_last_logits()
     runner = runner or open_runner(folder, expected, provider=provider)
     report = check_runner(
         folder,

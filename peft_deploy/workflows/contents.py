@@ -24,6 +24,7 @@ from peft_deploy.config.export import ONNX, ExportOptions
 from peft_deploy.config.json_file import read_object
 from peft_deploy.convert import ConversionJob
 from peft_deploy.errors import CheckpointError
+from peft_deploy.signature import LOGITS
 from peft_deploy.text import Tokenizer
 from peft_deploy.text.tokenizer import TOKENIZER
 from peft_deploy.text.wordpiece import VOCABULARY, wordpiece_json
@@ -142,6 +143,7 @@ def _finish(
         slot_rank=options.slot_rank,
         adapter_bank=options.adapter_bank,
         prefix_slots=options.prefix_slots,
+        last_logits=options.last_logits and LOGITS in part.signature.output_names,
         precision=options.arithmetic,
         packed=part.packed,
         signature=part.signature,

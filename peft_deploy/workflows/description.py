@@ -44,6 +44,8 @@ def describe(
     """
     traced = source.family.signature(source.config, EXPORT_DTYPE)
     signature = traced.with_cache_in(options.arithmetic.dtype)
+    if options.last_logits:
+        signature = signature.with_last_logits()
     if options.adapter_bank is not None:
         signature = signature.with_adapter_ids()
     return Manifest(

@@ -20,7 +20,7 @@ from peft_deploy.progress import Progress, Silent
 from peft_deploy.workflows.check_extras import CheckExtras, plan_extras
 from peft_deploy.workflows.contents import fill_bundle
 from peft_deploy.workflows.description import plan_lines
-from peft_deploy.workflows.graph_parts import check_adaptable
+from peft_deploy.workflows.graph_parts import check_possible
 from peft_deploy.workflows.kept_adapters import check_bank, check_keepable
 from peft_deploy.workflows.phase_clock import PhaseClock
 from peft_deploy.workflows.prefixes import check_takes_prefixes, is_prefix
@@ -205,7 +205,7 @@ def _source(
 
         folder = None if tokenizer is None else Path(tokenizer)
         source = from_memory(base, folder, keep=keep, pooling=options.pooling)
-    check_adaptable(source.family, options)
+    check_possible(source.family, options)
     for named in source.kept:
         check_keepable(named.adapter, source, options.slot_rank)
     check_bank(source, options.adapter_bank)

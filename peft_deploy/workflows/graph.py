@@ -19,6 +19,7 @@ from peft_deploy.convert import (
     run_pipeline,
 )
 from peft_deploy.convert.adapter_bank import AddAdapterBankPass
+from peft_deploy.convert.last_logits import LastLogitsPass
 from peft_deploy.convert.lora_slots import AddLoraSlotsPass, Selection
 from peft_deploy.convert.opset import CONTRIB
 from peft_deploy.convert.pack_linears import PackLinearsPass
@@ -44,6 +45,7 @@ def finish_graph(
     slot_rank: int | None = None,
     adapter_bank: int | None = None,
     prefix_slots: bool = False,
+    last_logits: bool = False,
     precision: Precision = PRECISIONS[FP32],
     signature: GraphSignature | None = None,
 ) -> dict[str, Any]:
@@ -62,6 +64,7 @@ def finish_graph(
         adapter_bank: how many adapters these slots are to hold at once, each row of a batch naming its own; None
             for slots of one adapter at a time.
         prefix_slots: add slots for a prefix.
+        last_logits: compute the logits of the last token only.
         precision: of the bundle.
         signature: of the graph as it was traced, in float32; the family's usual one when None.
 
@@ -81,6 +84,9 @@ def finish_graph(
     names = source.family.names(source.config)
     removed = run_pipeline(converted, signature, names)
     signature = signature.with_cache_in(precision.dtype)
+    if last_logits:
+        LastLogitsPass(signature)(converted.model)
+        signature = signature.with_last_logits()
     PackLinearsPass(packed, converted)(converted.model)
     add_tables(converted.constants, file)
     own = graph_parameters(packed, names)

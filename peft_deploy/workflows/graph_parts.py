@@ -10,7 +10,13 @@ from peft_deploy.bundle.manifest import ENCODER, EncoderGraph
 from peft_deploy.config.export import ExportOptions
 from peft_deploy.config.precision import Precision
 from peft_deploy.errors import ConfigError
-from peft_deploy.families import EncoderDecoderFamily, Family, PackedLinear, find_packed
+from peft_deploy.families import (
+    DecoderFamily,
+    EncoderDecoderFamily,
+    Family,
+    PackedLinear,
+    find_packed,
+)
 from peft_deploy.signature import GraphSignature
 from peft_deploy.weights import PackedTensors, SubsetTensors, TensorSource
 from peft_deploy.workflows.sources import EXPORT_DTYPE, ExportSource
@@ -108,12 +114,18 @@ def encoder_entry(
     return EncoderGraph(signature=signature, start_token_id=start, graph=graph)
 
 
-def check_adaptable(family: Family, options: ExportOptions) -> None:
-    """Passes unless adapters are to stay apart from the weights of a model of two graphs.
+def check_possible(family: Family, options: ExportOptions) -> None:
+    """Passes unless options ask for what a family's graphs cannot be.
 
     Raises:
-        ConfigError: they are.
+        ConfigError: adapters are to stay apart from the weights of a model of two graphs, or only the last token's
+            logits are wanted of one that writes no text.
     """
+    if options.last_logits and not isinstance(family, DecoderFamily | EncoderDecoderFamily):
+        raise ConfigError(
+            f"a {family.model_type} model writes no text, so it has no last token whose logits are all that counts",
+            hint="leave --last-logits out",
+        )
     if isinstance(family, EncoderDecoderFamily) and (
         options.keeps_adapters or options.prefix_slots
     ):

@@ -158,6 +158,7 @@ def check_layer_options(options: ExportOptions, adapter: Adapters) -> None:
         "--adapter-bank": options.adapter_bank is not None,
         "--adapters runtime": options.keeps_adapters,
         "--prefix-slots": options.prefix_slots,
+        "--last-logits": options.last_logits,
         f"--precision {options.precision}": options.precision != FP32,
         "--cases": options.cases is not None,
         "--record-reference": options.record_reference,

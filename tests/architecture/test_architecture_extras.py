@@ -69,6 +69,7 @@ NEED_ONNX_IR = (
     "peft_deploy.convert.fusions.shapes",
     "peft_deploy.convert.graph",
     "peft_deploy.convert.opset",
+    "peft_deploy.convert.last_logits",
     "peft_deploy.convert.lora_slots",
     "peft_deploy.convert.pack_linears",
     "peft_deploy.convert.passes",

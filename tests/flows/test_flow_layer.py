@@ -279,6 +279,7 @@ def test_folders_that_are_refused(
         ("no-such-file.json", {}, ConfigError, "is no file"),
         (SIGNATURE, {"adapters": "runtime"}, ConfigError, "--adapters runtime needs to know"),
         (SIGNATURE, {"prefix_slots": True}, ConfigError, "--prefix-slots needs to know"),
+        (SIGNATURE, {"last_logits": True}, ConfigError, "--last-logits needs to know"),
     ],
 )
 def test_what_does_not_fit_the_layer_is_refused_before_anything_is_written(

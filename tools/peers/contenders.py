@@ -20,8 +20,9 @@ PEERS_PYTHON = PEERS / "bin" / "python"
 
 OURS, OPTIMUM, GENAI = "peft-deploy", "optimum", "genai builder"
 EAGER, INFERENCE = "Paddle eager", "Paddle Inference"
-FP32, FP16, INT8, INT4 = "fp32", "fp16", "int8", "int4"
-PRECISIONS = (FP32, FP16, INT8, INT4)
+FP32, FP16, INT8, INT4, INT4_ALL = "fp32", "fp16", "int8", "int4", "int4-all"
+PRECISIONS = (FP32, FP16, INT8, INT4, INT4_ALL)
+LAST_LOGITS = f"{OURS} --last-logits"
 NO_FUSION, DEFAULT_FUSION, CONTRIB = "none", "onnx", "ort"
 SLOTS_OFF, RANK_8, RANK_64 = "slots, off", "slots, rank 8", "slots, rank 64"
 SLOTS, SLOT_LANES = "slots", (SLOTS_OFF, RANK_8, RANK_64)
@@ -75,6 +76,7 @@ def contenders(base: Path, shop: Workshop) -> Iterator[Contender]:
     offered = offers("--precision") or (FP32,)
     for precision in (p for p in PRECISIONS if p in offered):
         yield from _ours_at(precision, base, shop)
+    yield _last_logits(base, shop)
     yield _slots(base, shop)
     yield _peer(OPTIMUM, FP32, _optimum(shop), shop, required=True)
     for precision in (FP32, FP16, INT4):
@@ -136,6 +138,11 @@ def _ours_at(precision: str, base: Path, shop: Workshop) -> Iterator[Contender]:
             required=default,
             times_export=default and precision == FP32,
         )
+
+
+def _last_logits(base: Path, shop: Workshop) -> Contender:
+    build = _our_build("ours-last", (*_merged(base, shop), "--last-logits"), base, shop)
+    return Contender(LAST_LOGITS, FP32, "onnx", build)
 
 
 def _slots(base: Path, shop: Workshop) -> Contender:

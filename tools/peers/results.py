@@ -10,7 +10,19 @@ from typing import Any
 
 import numpy as np
 
-from peers.contenders import EAGER, FP32, GENAI, INT4, OPTIMUM, OURS, RANK_8, RANK_64, SLOTS_OFF
+from peers.contenders import (
+    EAGER,
+    FP32,
+    GENAI,
+    INT4,
+    INT4_ALL,
+    LAST_LOGITS,
+    OPTIMUM,
+    OURS,
+    RANK_8,
+    RANK_64,
+    SLOTS_OFF,
+)
 from peers.crew import Record
 
 PREFILL, DECODE, EXPORT, MEMORY = "prefill", "decode", "export", "export_memory"
@@ -125,10 +137,13 @@ def _ratio(values: np.ndarray[Any, Any]) -> Ratio:
 # Who is compared with whom; a bar is left out when one of the two did not take part.
 _SPEEDS = (
     (DECODE, (OURS, FP32), (GENAI, FP32), 1.05),
-    (DECODE, (OURS, INT4), (GENAI, INT4), 1.05),
+    # Its head has 4 bits, and ours 8 in int4.
+    (DECODE, (OURS, INT4_ALL), (GENAI, INT4), 1.05),
     (DECODE, (OURS, FP32), (EAGER, FP32), 3.0),
     (PREFILL, (OURS, FP32), (GENAI, FP32), 1.05),
     (PREFILL, (OURS, FP32), (OPTIMUM, FP32), 1.05),
+    (PREFILL, (LAST_LOGITS, FP32), (GENAI, FP32), 1.05),
+    (PREFILL, (LAST_LOGITS, FP32), (OPTIMUM, FP32), 1.05),
     (DECODE, (SLOTS_OFF, FP32), (OURS, FP32), 0.97),
     (DECODE, (RANK_8, FP32), (OURS, FP32), 0.92),
     (DECODE, (RANK_64, FP32), (OURS, FP32), 0.85),
