@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,12 +29,19 @@ class SpecialTokenIds:
 
 
 def special_token_ids(
-    config: Mapping[str, Any], generation_config: Mapping[str, Any] | None
+    config: Mapping[str, Any],
+    generation_config: Mapping[str, Any] | None,
+    tokenizer_ends: Sequence[int] = (),
 ) -> SpecialTokenIds:
     """Begin, end and padding ids; generation_config.json has the last word, as in transformers.
 
     Padding falls back to the first end id, and to 0 when there is none: padded positions are masked, so any id
     of the vocabulary will do.
+
+    Args:
+        config: the contents of config.json.
+        generation_config: those of generation_config.json, if there is one.
+        tokenizer_ends: ids that end a text as the tokenizer's files say, which ``generate`` stops at, too.
     """
     sources = [generation_config or {}, config]
 
@@ -44,7 +51,7 @@ def special_token_ids(
     eos = first("eos_token_id")
     ends = tuple(eos) if isinstance(eos, list | tuple) else () if eos is None else (eos,)
     vocab = config["vocab_size"]
-    ends = tuple(end for end in ends if 0 <= end < vocab)
+    ends = tuple(dict.fromkeys(end for end in (*ends, *tokenizer_ends) if 0 <= end < vocab))
     pad = first("pad_token_id")
     if pad is None or not 0 <= pad < vocab:
         pad = ends[0] if ends else 0
@@ -92,7 +99,7 @@ def genai_config(
             },
         },
     }
-    if tokens.eos:
+    if tokens.eos:  # without any, onnxruntime-genai ends a text at the padding's id
         model["eos_token_id"] = list(tokens.eos)
     if tokens.bos is not None:
         model["bos_token_id"] = tokens.bos

@@ -60,7 +60,7 @@ def fill_bundle(
     """
     from peft_deploy.convert import stream_weights
 
-    generation = _read_companions(source)
+    generation, ends = _read_companions(source)
     losses: dict[str, RoundingLoss] = {}
     precision = options.arithmetic
     parts = written_parts(source, precision, losses, pack=options.packs)
@@ -86,7 +86,7 @@ def fill_bundle(
     for facts, part, file in zip(graphs, parts, files, strict=True):
         facts |= file_facts(folder.path / part.folder, source, part, options.format, file)
     graph, *others = graphs
-    _write_configs(folder, source, generation, options.format)
+    _write_configs(folder, source, generation, ends, options.format)
     graph = write_kept(folder, source, graph, fingerprint)
     signature = source.family.signature(source.config, EXPORT_DTYPE).with_cache_in(precision.dtype)
     slots = options.prefix_slots
@@ -150,23 +150,28 @@ def _finish(
     )
 
 
-def _read_companions(source: ExportSource) -> dict[str, Any] | None:
-    """Generation settings, if any; a damaged file is to be known before the work and not after it.
+def _read_companions(source: ExportSource) -> tuple[dict[str, Any] | None, Sequence[int]]:
+    """Generation settings, if any, and the tokenizer's end tokens; damage is to be known before the work.
 
     Raises:
         CheckpointError: one of the files cannot be read.
     """
     files = {path.name: path for path in source.companions}
+    ends: Sequence[int] = ()
     if TOKENIZER in files:
-        Tokenizer.from_folder(files[TOKENIZER].parent)
+        ends = Tokenizer.from_folder(files[TOKENIZER].parent).eos_ids
     else:
         _missing_tokenizer(source)
     path = files.get("generation_config.json")
-    return None if path is None else read_object(path, CheckpointError)
+    return None if path is None else read_object(path, CheckpointError), ends
 
 
 def _write_configs(
-    folder: BundleFolder, source: ExportSource, generation: dict[str, Any] | None, format: str
+    folder: BundleFolder,
+    source: ExportSource,
+    generation: dict[str, Any] | None,
+    ends: Sequence[int],
+    format: str,
 ) -> None:
     for file in source.companions:
         folder.copy(file)
@@ -178,7 +183,7 @@ def _write_configs(
     if family.genai_type is not None and format == ONNX:
         # Not every family calls the size of its vocabulary so.
         sizes = {"vocab_size": family.dims(source.config).vocab_size}
-        tokens = special_token_ids({**source.config, **sizes}, generation)
+        tokens = special_token_ids({**source.config, **sizes}, generation, ends)
         inputs = family.signature(source.config).input_names
         genai = genai_config(family.genai_type, family.dims(source.config), tokens, inputs)
         folder.write_text("genai_config.json", _json(genai))

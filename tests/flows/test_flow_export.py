@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from peft_deploy.base.dygraph import load_model
 from peft_deploy.bundle import Manifest
 from peft_deploy.config.export import ExportOptions
 from peft_deploy.signature import past_names
+from peft_deploy.text import Tokenizer
 
 pytestmark = pytest.mark.convert
 
@@ -185,6 +187,21 @@ def test_genai_config_has_only_known_keys(merged_bundle: Path) -> None:
     assert set(config) == {"model", "search"}
     assert config["model"]["vocab_size"] == 131
     assert config["search"]["past_present_share_buffer"] is False
+
+
+@pytest.mark.parametrize(("configured", "ends"), [(None, [2]), ([3, 7], [3, 7, 2])])
+def test_genai_stops_where_generate_stops(
+    configured: list[int] | None, ends: list[int], tiny_llama: Path, tmp_path: Path
+) -> None:
+    """At the tokenizer's own end token, too, which the configuration need not name."""
+    base = Path(shutil.copytree(tiny_llama, tmp_path / "base"))
+    for name in ("config.json", "generation_config.json"):
+        config = json.loads((base / name).read_text("utf-8"))
+        (base / name).write_text(json.dumps({**config, "eos_token_id": configured}), "utf-8")
+    peft_deploy.export(base, tmp_path / "out", options=ExportOptions(validate=False))
+    genai = json.loads((tmp_path / "out" / "genai_config.json").read_text("utf-8"))
+    assert genai["model"]["eos_token_id"] == ends
+    assert set(Tokenizer.from_folder(tmp_path / "out").eos_ids) == set(ends)
 
 
 def test_a_model_in_memory_gives_the_same_bundle_and_is_left_alone(
