@@ -111,6 +111,22 @@ def describe_layer(
     )
 
 
+def unfused_warning(options: ExportOptions, graph: Mapping[str, Any]) -> str | None:
+    """What to say of a graph that could not be fused though that was asked for by name; None of any other.
+
+    Args:
+        options: of the export.
+        graph: what the manifest says of the graph.
+    """
+    if "not_fused" not in graph or (options.fuse is None and options.opset is None):
+        return None
+    asked = f"--opset {options.opset}" if options.fuse is None else f"--fuse {options.fuse}"
+    return (
+        f"{asked} was asked for, and the graph stays plain, of opset {options.converted_opset}: "
+        f"{graph['not_fused']}"
+    )
+
+
 def _opset(converted: ConvertedGraph | StaticProgram) -> int | None:
     """What the graph declares, which is not what was asked for where it could not be fused."""
     model = getattr(converted, "model", None)

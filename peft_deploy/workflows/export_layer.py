@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -34,7 +35,7 @@ from peft_deploy.signature import GraphSignature
 from peft_deploy.trace.layer import trace_layer, weights_of
 from peft_deploy.trace.program import TracedProgram
 from peft_deploy.workflows.contents import weight_file
-from peft_deploy.workflows.description import describe_layer
+from peft_deploy.workflows.description import describe_layer, unfused_warning
 from peft_deploy.workflows.layer_source import LayerSource, LayerTensors
 from peft_deploy.workflows.phase_clock import PhaseClock
 from peft_deploy.workflows.sources import NamedAdapter
@@ -76,6 +77,8 @@ def export_layer(
         converted = job.result(clock.phase)
         clock.phase("Finishing the graph")
         graph = _finish(converted, signature, file, options)
+    if warning := unfused_warning(options, graph):
+        warnings.warn(warning, stacklevel=4)
     for path in source.companions:
         folder.copy(path)
     manifest = describe_layer(

@@ -162,6 +162,8 @@ def check_layer_options(options: ExportOptions, adapter: Adapters) -> None:
         f"--precision {options.precision}": options.precision != FP32,
         "--cases": options.cases is not None,
         "--record-reference": options.record_reference,
+        "--validate-layers": options.validate_layers is not None,
+        "--pooling": options.pooling is not None,
     }
     for option, wanted in needing.items():
         if wanted:

@@ -165,6 +165,23 @@ def test_validate_takes_the_layer_and_sees_another_one(onnx: Any) -> None:
         peft_deploy.validate(result.output, with_lora(make_net(seed=1), TARGETS))
 
 
+@pytest.mark.parametrize("asked", [{"fuse": "ort"}, {"opset": 23}])
+def test_a_layer_that_stays_plain_though_fusing_was_asked_for_says_so(
+    asked: dict[str, Any], tmp_path: Path
+) -> None:
+    ((option, value),) = asked.items()
+    with pytest.warns(
+        UserWarning, match=rf"--{option} {value} was asked for.*opset 21.*\n.*Batch"
+    ):
+        result = peft_deploy.export(
+            make_net(),
+            tmp_path / "out",
+            signature=SIGNATURE,
+            options=ExportOptions(**asked, validate=False),
+        )
+    assert result.manifest is not None and result.manifest.opset == 21
+
+
 def test_operators_that_do_not_convert_are_named_before_anything_is_written(
     tmp_path: Path,
 ) -> None:
@@ -280,6 +297,9 @@ def test_folders_that_are_refused(
         (SIGNATURE, {"adapters": "runtime"}, ConfigError, "--adapters runtime needs to know"),
         (SIGNATURE, {"prefix_slots": True}, ConfigError, "--prefix-slots needs to know"),
         (SIGNATURE, {"last_logits": True}, ConfigError, "--last-logits needs to know"),
+        (SIGNATURE, {"precision": "fp16"}, ConfigError, "--precision fp16 needs to know"),
+        (SIGNATURE, {"validate_layers": 2}, ConfigError, "--validate-layers needs to know"),
+        (SIGNATURE, {"pooling": "mean"}, ConfigError, "--pooling needs to know"),
     ],
 )
 def test_what_does_not_fit_the_layer_is_refused_before_anything_is_written(
