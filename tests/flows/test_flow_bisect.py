@@ -153,8 +153,8 @@ FAULTS: dict[str, tuple[Fault, Wanted]] = {
     ),
     "caches swapped between layers": (
         swapped_caches,
-        # The layers are good, so nothing inside of them was looked at: all that the wrong key comes from is suspected.
-        Wanted("present.1.key", "graph output", 25, "/present.1.key"),
+        # The layers are good, so what they use is not suspected.
+        Wanted("present.1.key", "graph output", 1, "/present.1.key"),
     ),
     "last norm": (
         weight("model.norm.weight", lambda w: 1.001 * w),
@@ -204,8 +204,8 @@ FUSED_FAULTS: dict[str, tuple[Fault, Wanted]] = {
     ),
     "scale of the scores": (
         attribute("/model/layers.1/self_attn/Attention", "scale", 0.3),
-        # The mask, which the operator reads, is nothing that PaddleNLP's modules give: its nodes are suspects, too.
-        Wanted(f"{LAYER}.self_attn.o_proj", "input", 24, "/model/layers.1/self_attn/Attention"),
+        # Rotary positions and the operator; the mask is the first layer's, too, which is good.
+        Wanted(f"{LAYER}.self_attn.o_proj", "input", 3, "/model/layers.1/self_attn/Attention"),
     ),
     "last norm": (
         FAULTS["last norm"][0],
@@ -213,6 +213,31 @@ FUSED_FAULTS: dict[str, tuple[Fault, Wanted]] = {
     ),
     "head": FAULTS["head"],
 }
+
+
+def weak_mask(model: onnx.ModelProto) -> None:
+    """Only the second layer gets a mask that hides nothing; the operators that make both are the same."""
+    attention = next(
+        n for n in model.graph.node if n.name == "/model/layers.1/self_attn/Attention"
+    )
+    zero = onnx.helper.make_tensor("weakness", onnx.TensorProto.FLOAT, [], [0.0])
+    model.graph.initializer.append(zero)
+    node = onnx.helper.make_node("Mul", [attention.input[3], "weakness"], ["weak"], "/model/weak")
+    model.graph.node.insert(list(model.graph.node).index(attention), node)
+    attention.input[3] = "weak"
+
+
+def test_operators_that_good_layers_use_are_listed_apart(
+    trained: Side, merged_bundle: Path, tmp_path: Path
+) -> None:
+    """The mask's are; what stands between them and the bad layer is not."""
+    found = checked(trained, broken(merged_bundle, tmp_path / "broken", weak_mask), tmp_path / "r")
+    assert found.finding is not None
+    nodes, shared = found.finding.nodes, found.finding.shared
+    assert found.finding.layer == LAYER and "/model/weak" in nodes and len(nodes) <= 4
+    assert "/model/LessOrEqual" in shared and all("layers" not in name for name in shared)
+    assert f"{len(shared)} operator(s) whose results good layers use, too" in str(found.finding)
+    assert found.to_dict()["finding"]["shared"] == list(shared)
 
 
 @pytest.fixture(scope="module")
@@ -278,7 +303,8 @@ def find(fault: Fault, wanted: Wanted, trained: Side, bundle: Path, tmp_path: Pa
     found = checked(trained, folder, tmp_path / "reproduction").finding
     assert found is not None
     assert (found.module, found.what) == (wanted.module, wanted.what), str(found)
-    assert wanted.suspect in found.nodes and len(found.nodes) <= wanted.nodes
+    assert wanted.suspect in found.nodes and len(found.nodes) <= wanted.nodes, found.nodes
+    assert not set(found.nodes) & set(found.shared)
     assert [wanted.note in w.note for w in found.weights] == ([True] if wanted.note else [])
     if wanted.what != "graph output" and "layers" in wanted.module:
         assert wanted.module.startswith(f"{found.layer}.")

@@ -5,10 +5,18 @@ bundle, ONNX Runtime and a reference with its modules; imports onnx-ir when it i
 """
 
 from peft_deploy.parity.bisect.activation import Activation
-from peft_deploy.parity.bisect.exposed import Place
 from peft_deploy.parity.bisect.finding import Finding, Weight
+from peft_deploy.parity.bisect.places import Place
 from peft_deploy.parity.bisect.reproduction import write_reproduction
 from peft_deploy.parity.bisect.search import locate
 from peft_deploy.parity.bisect.taps import Taps
 
-__all__ = ["Activation", "Finding", "Place", "Taps", "Weight", "locate", "write_reproduction"]
+__all__ = [
+    "Activation",
+    "Finding",
+    "Place",
+    "Taps",
+    "Weight",
+    "locate",
+    "write_reproduction",
+]

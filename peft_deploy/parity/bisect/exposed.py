@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,42 +12,18 @@ import numpy.typing as npt
 from peft_deploy.bundle import MODEL
 from peft_deploy.errors import ExecutionError
 from peft_deploy.parity.bisect.activation import Activation
-from peft_deploy.parity.bisect.taps import GRAPH, INPUT, OUTPUT
 from peft_deploy.runtime import check_external_data
 from peft_deploy.runtime.exact_arithmetic import without_rounding
-from peft_deploy.signature import GraphSignature, present_names
+from peft_deploy.signature import present_names
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 # Where onnxruntime is to look for the weights of a model that it gets as bytes.
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
-_NO_PREPACKING = "session.disable_prepacking"  # weights stay in the file, which is only mapped
-
-
-@dataclass(frozen=True)
-class Place:
-    """A value of the graph that a module of the reference has, too.
-
-    Args:
-        value: its name.
-        position: of the node that makes it, in the graph's order.
-        module: path as PaddleNLP has it; of an output of the graph, that output's name.
-        what: ``"output"`` or ``"input"`` of the module, or ``"graph output"``.
-        others: values that may be the module's instead. PaddleNLP draws the line between a module and the scaling,
-            the offset or the residual behind it in other places than the stand-in.
-    """
-
-    value: str
-    position: int
-    module: str
-    what: str
-    others: tuple[str, ...] = ()
-
-    @property
-    def candidates(self) -> tuple[str, ...]:
-        """Every value that may be the module's, the likeliest first."""
-        return (self.value, *self.others)
+# Weights stay in the file, which is only mapped: none is laid out anew, and none is cast before it is needed.
+_NO_PREPACKING = "session.disable_prepacking"
+_NO_FOLDING = ("ConstantFolding",)
 
 
 class ExposedGraph:
@@ -58,6 +33,9 @@ class ExposedGraph:
         folder: the bundle, in ONNX format.
         active: what is active beside it.
 
+    Attributes:
+        caches: outputs that are a layer's grown keys or values.
+
     Raises:
         BundleError: its weights lie outside of it.
     """
@@ -66,12 +44,14 @@ class ExposedGraph:
         check_external_data(folder / MODEL)
         self.active = active or Activation()
         self._folder = folder
-        self._model = self._read()
+        self._model = self.read()
+        outputs = [str(value.name) for value in self._model.graph.outputs]
+        self.caches = frozenset(present_names(len(outputs))) & frozenset(outputs)
         self._nodes: list[ir.Node] = list(self._model.graph)
         self._order = {id(node): i for i, node in enumerate(self._nodes)}
         self._producers = {str(value.name): node for node in self._nodes for value in node.outputs}
 
-    def _read(self) -> ir.Model:
+    def read(self) -> ir.Model:
         """A copy of the graph, computing as the check does; its weights are not read."""
         import onnx_ir as ir
 
@@ -129,20 +109,6 @@ class ExposedGraph:
         ]
         return tuple(dict.fromkeys(name for name in names if name != output))
 
-    def depends(self, value: str, on: str) -> bool:
-        """Whether a value is made of another one."""
-        source = self._producer(on)
-        waiting, seen = [self._producer(value)], set[int]()
-        while waiting:
-            node = waiting.pop()
-            if node is None or id(node) in seen:
-                continue
-            if node is source:
-                return True
-            seen.add(id(node))
-            waiting += [v.producer() for v in node.inputs if v is not None]
-        return False
-
     def input_of(self, scope: str) -> tuple[str, int] | None:
         """Name and position of the one value that a module takes from another node; None for several or none."""
         members = [node for node in self._nodes if _is_under(node, scope)]
@@ -184,9 +150,8 @@ class ExposedGraph:
         names = list(dict.fromkeys(values))
         if not names:  # to onnxruntime that would mean all
             return {}
-        model = self._read()
+        model = self.read()
         known = {v.name: v for node in model.graph for v in node.outputs}
-        grown = present_names(len(model.graph.outputs))
         # onnxruntime drops what no output needs: behind the first bad layer, that is most of a model
         model.graph.outputs.clear()
         model.graph.outputs.extend(known[name] for name in names)
@@ -196,7 +161,12 @@ class ExposedGraph:
         options.add_session_config_entry(_NO_PREPACKING, "1")
         try:
             data = ir.to_proto(model).SerializeToString()
-            session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+            session = ort.InferenceSession(
+                data,
+                options,
+                providers=["CPUExecutionProvider"],
+                disabled_optimizers=list(_NO_FOLDING),
+            )
             slots = session.get_overridable_initializers()
             wanted = {node.name for node in (*session.get_inputs(), *slots)}
             given = {k: v for k, v in self.active.feeds(feeds).items() if k in wanted}
@@ -207,7 +177,9 @@ class ExposedGraph:
             ) from exc
         found = dict(zip(names, results, strict=True))
         hidden = self.active.without_hidden
-        return {name: hidden(array) if name in grown else array for name, array in found.items()}
+        return {
+            name: hidden(array) if name in self.caches else array for name, array in found.items()
+        }
 
     def starts_of(
         self, feeds: Mapping[str, npt.NDArray[Any]], names: Sequence[str]
@@ -252,6 +224,21 @@ class ExposedGraph:
                     waiting.append(value.producer())
         return [found[i] for i in sorted(found)], list(starts)
 
+    def made_by(self, nodes: Iterable[str]) -> set[str]:
+        """Names of the values that some nodes make."""
+        wanted = set(nodes)
+        return {str(v.name) for node in self._nodes if node.name in wanted for v in node.outputs}
+
+    def made_of(self, values: Iterable[str]) -> set[str]:
+        """Names of some values and of all inner values that they are made of."""
+        waiting, found = [self._producer(value) for value in values], set[int]()
+        while waiting:
+            node = waiting.pop()
+            if node is not None and id(node) not in found:
+                found.add(id(node))
+                waiting += [v.producer() for v in node.inputs if v is not None]
+        return {str(v.name) for node in self._nodes if id(node) in found for v in node.outputs}
+
     def initializers_of(self, nodes: Sequence[str]) -> list[str]:
         """Names of the weights and constants of some nodes."""
         wanted = set(nodes)
@@ -270,47 +257,6 @@ class ExposedGraph:
         assert value is not None
         return np.asarray(value.numpy())
 
-    def part(
-        self, nodes: Sequence[str], inputs: Mapping[str, npt.NDArray[Any]], output: str
-    ) -> ir.Model:
-        """The nodes as a model of their own, with their weights inside.
-
-        Args:
-            nodes: their names.
-            inputs: the values that they start from.
-            output: the value that they make.
-        """
-        import onnx_ir as ir
-
-        model = self._read()
-        graph, wanted = model.graph, set(nodes)
-        values = {v.name: v for node in graph for v in node.outputs}
-        values |= {v.name: v for v in graph.inputs}
-        kept = [node for node in graph if node.name in wanted]
-        weights = [graph.initializers[name] for name in self.initializers_of(nodes)]
-        result = values[output]
-        graph.outputs.clear()
-        graph.inputs.clear()
-        starts = [_start(values[name], array) for name, array in inputs.items()]
-        for node in list(graph):
-            graph.remove(node)
-        for node in kept:
-            for i, value in enumerate(node.inputs):
-                if value is not None and value.name in inputs:
-                    node.replace_input_with(i, next(s for s in starts if s.name == value.name))
-        for weight in weights:
-            graph.initializers.pop(str(weight.name))
-            weight.const_value = ir.Tensor(self.weight(str(weight.name)), name=weight.name)
-        part = ir.Graph(
-            starts,
-            [result],
-            nodes=kept,
-            initializers=weights,
-            opset_imports=dict(model.opset_imports),
-            name="reproduction",
-        )
-        return ir.Model(part, ir_version=model.ir_version)
-
     def position(self, value: str) -> int:
         """Of the node that makes a value, in the graph's order."""
         producer = self._producer(value)
@@ -320,32 +266,5 @@ class ExposedGraph:
         return self._producers.get(value)
 
 
-def _start(value: ir.Value, array: npt.NDArray[Any]) -> ir.Value:
-    import onnx_ir as ir
-
-    dtype = ir.DataType.from_numpy(array.dtype)
-    return ir.Value(name=value.name, type=ir.TensorType(dtype), shape=ir.Shape(array.shape))
-
-
 def _is_under(node: ir.Node, scope: str) -> bool:
     return (node.name or "").startswith(f"{scope}/")
-
-
-def make_places(
-    graph: ExposedGraph, scopes: Mapping[str, str], signature: GraphSignature
-) -> list[Place]:
-    """The values that a graph and a reference have in common, in the graph's order.
-
-    Args:
-        graph: of the bundle.
-        scopes: module path as PaddleNLP has it → its folder in the names of nodes.
-        signature: of the graph.
-    """
-    found = [Place(n, graph.position(n), n, GRAPH) for n in signature.output_names]
-    for module, scope in scopes.items():
-        for what, place in ((OUTPUT, graph.output_of(scope)), (INPUT, graph.input_of(scope))):
-            if place is not None:
-                others = graph.around(scope, place[0]) if what == OUTPUT else ()
-                found.append(Place(place[0], place[1], module, what, others))
-    # of the modules that end in the same value, the innermost says most
-    return sorted(found, key=lambda p: (p.position, p.what == INPUT, -p.module.count(".")))

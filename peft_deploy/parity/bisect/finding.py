@@ -41,11 +41,13 @@ class Finding:
         value: the value's name in the graph.
         difference: between the two.
         limit: that it breaks.
-        nodes: operators of the graph that may be at fault: all that lie between good values and this one.
+        nodes: operators of the graph that may be at fault: all that lie between good values and this one, but for
+            those of ``shared``.
         weights: of those operators that are not what they should be.
         inputs: good values that the operators start from.
         expected: the reference's value.
         counts: which of its elements belong to real tokens.
+        shared: operators before those whose results other layers, which are good, are made of, too.
     """
 
     case: str
@@ -60,6 +62,7 @@ class Finding:
     inputs: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict, repr=False)
     expected: npt.NDArray[Any] = field(default_factory=lambda: np.zeros(0), repr=False)
     counts: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, bool), repr=False)
+    shared: Sequence[str] = ()
 
     @property
     def place(self) -> str:
@@ -77,6 +80,9 @@ class Finding:
         ]
         shown = ", ".join(self.nodes[:_SHOWN]) + (" …" if len(self.nodes) > _SHOWN else "")
         lines.append(f"  Between good values and this one: {len(self.nodes)} operator(s): {shown}")
+        if self.shared:
+            count = len(self.shared)
+            lines.append(f"  Before those: {count} operator(s) whose results good layers use, too")
         lines += [f"  {weight.name}: {weight.note}" for weight in self.weights]
         return "\n".join(lines)
 
@@ -94,5 +100,6 @@ class Finding:
             "relative_max": json_number(self.difference.relative_max),
             "limit": self.limit.maximum,
             "nodes": list(self.nodes),
+            "shared": list(self.shared),
             "weights": [{"name": w.name, "note": w.note} for w in self.weights],
         }

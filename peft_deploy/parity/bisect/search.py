@@ -1,29 +1,31 @@
 """The search for the first value of a graph that is not the reference's.
 
-First the outputs of the layers, then everything inside of the first bad one: two runs of the graph. An error does not
-go away again on its way through a model, so the first bad value in the graph's order is where it came in, and what
-lies between it and the good values before it is at fault.
+First the outputs of the layers, by binary search, then everything inside of the first bad one. An error does not go
+away again on its way through a model, so the first bad value in the graph's order is where it came in, and what lies
+between it and the good values before it is at fault.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from peft_deploy.families import NameMap
 from peft_deploy.parity.bisect.activation import Activation
-from peft_deploy.parity.bisect.exposed import ExposedGraph, Place, make_places
+from peft_deploy.parity.bisect.exposed import ExposedGraph
 from peft_deploy.parity.bisect.finding import Finding
-from peft_deploy.parity.bisect.taps import GRAPH, OUTPUT, Taps
+from peft_deploy.parity.bisect.judge import Call, Judge, spread, without_padding
+from peft_deploy.parity.bisect.places import Place, is_layer, make_places, values_of
+from peft_deploy.parity.bisect.suspects import Suspects, narrow
+from peft_deploy.parity.bisect.taps import GRAPH, Tapped, Taps
 from peft_deploy.parity.cases import Case
 from peft_deploy.parity.compare import measure
 from peft_deploy.parity.expectation import Expectation
 from peft_deploy.parity.measurement import EXACT_ENOUGH
+from peft_deploy.parity.oracle import RoundableReference
 from peft_deploy.parity.play import (
     Results,
     counted,
@@ -32,43 +34,14 @@ from peft_deploy.parity.play import (
     run_case,
     token_axis,
 )
-from peft_deploy.parity.tolerance import Limit, derive_limit, is_sane
+from peft_deploy.parity.tolerance import is_sane
 from peft_deploy.runtime.runner import Array
 from peft_deploy.signature import GraphSignature, present_names
-from peft_deploy.weights.source import FLOATING
-
-# Of its limit. Values of good bundles stay below; what is above may hide a fault that only shows further down, so that
-# the operators before it are suspected, too.
-CLEARLY_GOOD = 0.5
-Arrays = Mapping[str, npt.NDArray[Any]]
-
-
-@dataclass(frozen=True, eq=False)
-class _Call:
-    """One call of a case, and what the reference says about it.
-
-    Args:
-        case: the call as a case of its own, what comes before it given.
-        feeds: its inputs.
-        truth: (module, what) → value, in float64 where that can be had.
-        noise: likewise in float32, or as 16 bits would have it; the same arrays as ``truth`` where it cannot.
-        plain: likewise in float32.
-        exact: whether it could.
-        dtype: that the bundle computes in.
-    """
-
-    case: Case
-    feeds: Mapping[str, Array]
-    truth: Mapping[tuple[str, str], npt.NDArray[Any]]
-    noise: Mapping[tuple[str, str], npt.NDArray[Any]]
-    plain: Mapping[tuple[str, str], npt.NDArray[Any]]
-    exact: bool
-    dtype: str = EXACT_ENOUGH
 
 
 def locate(
     folder: Path,
-    reference: Any,
+    reference: RoundableReference,
     expectation: Expectation,
     cases: Sequence[Case],
     names: NameMap,
@@ -79,7 +52,7 @@ def locate(
 
     Args:
         folder: the bundle, in ONNX format.
-        reference: the model that was trained, a ``PaddleReference``.
+        reference: the model that was trained, whole or layer by layer.
         expectation: what it says about the texts.
         cases: that failed; the first one in which a bad value is found decides.
         names: of the model's modules.
@@ -113,12 +86,12 @@ def locate(
 
 def _calls(
     case: Case,
-    taps: Taps,
-    sharp: Taps | None,
-    rounded: Taps | None,
+    taps: Tapped,
+    sharp: Tapped | None,
+    rounded: Tapped | None,
     expectation: Expectation,
     signature: GraphSignature,
-) -> Iterator[_Call]:
+) -> Iterator[Call]:
     first = case.given
     for count in case.calls:
         last = first + count
@@ -133,9 +106,10 @@ def _calls(
             run_case(sharp, part, cache)
         if rounded is not None:
             run_case(rounded, part, cache)
-        truth = taps.values if sharp is None else sharp.values
-        noise = taps.values if rounded is None else rounded.values
-        yield _Call(part, capture.feeds, truth, noise, taps.values, sharp is not None)
+        plain = taps.values
+        truth = plain if sharp is None else sharp.values
+        noise = plain if rounded is None else rounded.values
+        yield Call(part, capture.feeds, truth, noise, plain, sharp is not None)
 
 
 def _begins_late(case: Case) -> bool:
@@ -167,7 +141,7 @@ def _agrees(
 class _Capture:
     """Keeps the inputs of the last call."""
 
-    def __init__(self, taps: Taps) -> None:
+    def __init__(self, taps: Tapped) -> None:
         self._taps = taps
         self.feeds: Mapping[str, Array] = {}
 
@@ -185,60 +159,62 @@ class _Capture:
 def _search(
     graph: ExposedGraph,
     places: Sequence[Place],
-    call: _Call,
+    call: Call,
     expectation: Expectation,
     signature: GraphSignature,
 ) -> Finding | None:
-    judge = _Judge(call, expectation, signature)
-    layers = [p for p in places if _is_layer(p) and judge.knows(p)]
+    judge = Judge(call, expectation, signature)
+    layers = [p for p in places if is_layer(p) and judge.knows(p)]
     good, bad = _first_bad_layer(layers, judge, graph)
-    start, end = max((p.position for p in good), default=-1), bad.position if bad else -1
+    start = max((p.position for p in good), default=-1)
     if bad is None:
         # It may be behind all layers, or a cache that is handed out wrongly in any of them.
-        outer = [p for p in places if p.what == GRAPH or p.position > start]
-        _, late = judge.split(outer, graph.run(call.feeds, _values(outer)), graph)
-        if late is None:
-            return None
-        end = late.position
-        start = max((p.position for p in layers if p.position < end), default=-1)
-        good += [p for p in layers if p.position == start]  # what follows is good, so it is, too
-    inner = [p for p in places if start < p.position <= end]
-    values = graph.run(call.feeds, _values(inner))
-    fine, worst = judge.split(inner, values, graph)
+        near = [p for p in places if p.what == GRAPH or p.position > start]
+    else:
+        near = [p for p in places if start < p.position <= bad.position]
+    fine, worst = judge.split(near, graph.run(call.feeds, values_of(near)), graph, good)
     if worst is None:
         return None
-    stops = {p.value for p in (*good, *fine) if judge.shares.get(p.value, 0.0) <= CLEARLY_GOOD}
-    if graph.active.hidden:  # of these only what is visible from outside was compared
-        stops -= set(present_names(signature.num_layers))
-    nodes, starts = graph.between(worst.value, stops)
-    inputs = graph.starts_of(call.feeds, starts)
-    wanted, counts, axis, limit = judge.measures(worst)
-    actual = values[worst.value].astype(np.float32)
+    suspects = narrow(worst, [*good, *fine], good, places, judge, graph)
+    return _finding(suspects, bad, judge, graph, signature)
+
+
+def _finding(
+    suspects: Suspects,
+    bad: Place | None,
+    judge: Judge,
+    graph: ExposedGraph,
+    signature: GraphSignature,
+) -> Finding:
+    call, worst = judge.call, suspects.place
+    wanted, value = judge.wanted(worst), worst.value
+    actual = graph.run(call.feeds, [value])[value].astype(np.float32)
     if worst.what != GRAPH:
-        actual = _without_padding(actual, counts)
-    difference = measure(wanted, actual, counts, axis=axis, logits=False)
-    whole: Array = wanted
-    spread = _spread(counts, axis, wanted.shape)
-    if worst.what == GRAPH and worst.value in present_names(signature.num_layers):
+        actual = without_padding(actual, wanted.counts)
+    difference = measure(wanted.values, actual, wanted.counts, axis=wanted.axis, logits=False)
+    whole: Array = wanted.values
+    counts = spread(wanted.counts, wanted.axis, whole.shape)
+    if worst.what == GRAPH and value in present_names(signature.num_layers):
         whole = graph.active.with_hidden(whole)
-        spread = graph.active.with_hidden(spread).astype(np.bool_)
+        counts = graph.active.with_hidden(counts).astype(np.bool_)
     return Finding(
         case=call.case.name,
-        layer=_layer_of(worst, bad, graph),
+        layer=_layer_of(worst, bad),
         module=worst.module,
         what=worst.what,
-        value=worst.value,
+        value=value,
         difference=difference,
-        limit=limit,
-        nodes=nodes,
-        inputs=inputs,
+        limit=wanted.limit,
+        nodes=suspects.nodes,
+        shared=suspects.shared,
+        inputs=graph.starts_of(call.feeds, suspects.starts),
         expected=whole,
-        counts=spread,
+        counts=counts,
     )
 
 
 def _first_bad_layer(
-    layers: Sequence[Place], judge: _Judge, graph: ExposedGraph
+    layers: Sequence[Place], judge: Judge, graph: ExposedGraph
 ) -> tuple[list[Place], Place | None]:
     """Layers that are good, and the first that is not, by binary search; None for it when the last one is good.
 
@@ -263,141 +239,10 @@ def _first_bad_layer(
         probe = (low + high) // 2
 
 
-def _is_layer(place: Place) -> bool:
-    return place.module.rpartition(".")[2].isdigit() and place.what == OUTPUT
-
-
-def _values(places: Iterable[Place]) -> list[str]:
-    return [value for place in places for value in place.candidates]
-
-
-def _layer_of(worst: Place, bad: Place | None, graph: ExposedGraph) -> str | None:
+def _layer_of(worst: Place, bad: Place | None) -> str | None:
     """The layer that a value is in: by its module's path, or by the layer whose output is the first bad one."""
     parts = worst.module.split(".")
     indices = [i for i, part in enumerate(parts) if part.isdigit()]
     if indices and worst.what != GRAPH:
         return ".".join(parts[: indices[0] + 1])
     return None if bad is None else bad.module
-
-
-def _spread(
-    counts: npt.NDArray[np.bool_], axis: int | None, shape: tuple[int, ...]
-) -> npt.NDArray[np.bool_]:
-    """Which elements count, in the value's own shape."""
-    wide = [1] * len(shape)
-    wide[0] = shape[0]
-    if axis is not None:
-        wide[axis] = shape[axis]
-    return np.ascontiguousarray(np.broadcast_to(counts.reshape(wide), shape))
-
-
-def _without_padding(
-    values: npt.NDArray[Any], counts: npt.NDArray[np.bool_]
-) -> npt.NDArray[np.float32]:
-    """Zeros at padding: what PaddleNLP has there is nobody's business, and in float64 not even a number."""
-    return np.where(_spread(counts, 1, values.shape), values, 0).astype(np.float32)
-
-
-class _Judge:
-    """Holds values against the reference's.
-
-    Args:
-        call: what was computed.
-        expectation: what the graph's outputs have to be.
-        signature: of the graph.
-    """
-
-    def __init__(self, call: _Call, expectation: Expectation, signature: GraphSignature) -> None:
-        self._call = call
-        self._limits = expectation.limits
-        self._specs = {spec.name: spec for spec in signature.outputs}
-        self._outputs = expected(call.case, expectation.known, signature).values
-        self.shares: dict[str, float] = {}
-
-    def knows(self, place: Place) -> bool:
-        """Whether the reference has anything to compare a place with."""
-        return self._find(place) is not None
-
-    def probe(self, place: Place, graph: ExposedGraph) -> tuple[Place, bool]:
-        """One place by itself: at the value that is the module's, and whether it is good."""
-        found, good = self._verdict(place, graph.run(self._call.feeds, place.candidates), graph)
-        return found, good is not False
-
-    def split(
-        self, places: Sequence[Place], values: Arrays, graph: ExposedGraph
-    ) -> tuple[list[Place], Place | None]:
-        """The places before the first bad one that are good, and that one.
-
-        A place from which a good layer follows is not bad: there, PaddleNLP's module gives something else than what
-        the graph keeps under its name. (Other good values prove nothing: a norm hides a wrong scale.)
-        """
-        verdicts = [self._verdict(place, values, graph) for place in places]
-        sound = [place for place, good in verdicts if good and _is_layer(place)]
-        before: list[Place] = []
-        for place, good in verdicts:
-            if good:
-                before.append(place)
-            elif good is False and not any(
-                later.position > place.position and graph.depends(later.value, place.value)
-                for later in sound
-            ):
-                return before, place
-        return before, None
-
-    def _verdict(
-        self, place: Place, values: Arrays, graph: ExposedGraph
-    ) -> tuple[Place, bool | None]:
-        """The place at the value that is the module's, if there is one, and whether it is good."""
-        for value in place.candidates:
-            share = self._share(place, values[value])
-            if share is not None and share <= 1:
-                self.shares[value] = share
-                return replace(place, value=value, position=graph.position(value)), True
-        share = self._share(place, values[place.value])
-        return place, None if share is None else False
-
-    def _share(self, place: Place, actual: npt.NDArray[Any]) -> float | None:
-        """How much of its limit the error takes up; None where the two have not the same form."""
-        found = self._find(place)
-        if found is None or found[0].shape != actual.shape or actual.dtype.name not in FLOATING:
-            return None
-        wanted, counts, axis, limit = found
-        actual = actual.astype(np.float32)
-        if np.isnan(actual).any():
-            return float("inf")  # at padding, too: it comes back through the cache
-        if place.what != GRAPH:
-            actual = _without_padding(actual, counts)
-        difference = measure(wanted, actual, counts, axis=axis, logits=False, brief=True)
-        return limit.used(difference)
-
-    def measures(
-        self, place: Place
-    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_], int | None, Limit]:
-        """What is expected at a place, where it counts, along which axis, and how far it may be off."""
-        found = self._find(place)
-        assert found is not None  # it was compared before
-        return found
-
-    def _find(
-        self, place: Place
-    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_], int | None, Limit] | None:
-        case = self._call.case
-        if place.what == GRAPH:
-            spec = self._specs[place.value]
-            limit = self._limits[place.value]
-            return self._outputs[place.value], counted(case, spec), token_axis(spec), limit
-        key = (place.module, place.what)
-        counts = case.counts[:, case.given :]
-        if key not in self._call.truth or self._call.truth[key].shape[:2] != counts.shape:
-            return None
-        wanted = _without_padding(self._call.truth[key], counts)
-        rough = _without_padding(self._call.noise.get(key, self._call.truth[key]), counts)
-        exact = self._call.exact and bool(np.isfinite(wanted).all())
-        if not exact:
-            # PaddleNLP's mask overflows in float64 where a row is padded: then float32 is the measure
-            wanted = _without_padding(self._call.plain.get(key, self._call.truth[key]), counts)
-        if not np.isfinite(wanted).all():
-            return None
-        own = measure(wanted, rough, counts, axis=1, logits=False, brief=True)
-        limit = derive_limit([own], exact=exact, dtype=self._call.dtype)
-        return wanted, counts, 1, limit

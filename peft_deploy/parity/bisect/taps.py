@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,35 @@ GRAPH = "graph output"  # what no module gives, and the graph does
 Key = tuple[str, str]  # module path, OUTPUT or INPUT
 
 
+class Readings(Protocol):
+    """What modules were given and returned in a call."""
+
+    def get(self, key: Key, /) -> npt.NDArray[Any] | None:
+        """The value of (module path, ``"output"`` or ``"input"``); None where there is none."""
+        ...
+
+
+class Tapped(Runner, Protocol):
+    """A runner that knows what its model's modules were given and returned in the last call."""
+
+    @property
+    def paths(self) -> list[str]:
+        """Paths of all modules, as PaddleNLP has them."""
+        ...
+
+    @property
+    def values(self) -> Readings:
+        """Of the last call."""
+        ...
+
+
+def modules_of(model: Any) -> list[tuple[str, Any]]:
+    """Path and module of everything in PaddleNLP's model, which a LoRA or prefix model keeps as its ``model``."""
+    while type(model).__module__.startswith("peft_deploy."):
+        model = model.model
+    return list(model.named_sublayers())
+
+
 class Taps:
     """A runner that keeps what every module of its model was given and returned in the last call.
 
@@ -31,10 +60,12 @@ class Taps:
         values: (module path, ``"output"`` or ``"input"``) → array.
     """
 
+    values: dict[Key, npt.NDArray[Any]]
+
     def __init__(self, runner: Any) -> None:
         self._runner: Runner = runner
         self._model = runner.model
-        self.values: dict[Key, npt.NDArray[Any]] = {}
+        self.values = {}
 
     @property
     def signature(self) -> GraphSignature:
@@ -44,7 +75,7 @@ class Taps:
     @property
     def paths(self) -> list[str]:
         """Paths of all modules, as PaddleNLP has them."""
-        return [path for path, _ in self._modules()]
+        return [path for path, _ in modules_of(self._model)]
 
     def run(
         self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None
@@ -54,17 +85,10 @@ class Taps:
         with self._hooked():
             return self._runner.run(feeds, outputs)
 
-    def _modules(self) -> list[tuple[str, Any]]:
-        # a LoRA or prefix model keeps PaddleNLP's as its "model"
-        inner = self._model
-        while type(inner).__module__.startswith("peft_deploy."):
-            inner = inner.model
-        return list(inner.named_sublayers())
-
     @contextmanager
     def _hooked(self) -> Iterator[None]:
         handles = []
-        for path, module in self._modules():
+        for path, module in modules_of(self._model):
 
             def keep(_module: Any, inputs: Any, output: Any, path: str = path) -> None:
                 self._keep((path, OUTPUT), output)
