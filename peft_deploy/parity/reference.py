@@ -94,8 +94,10 @@ class PaddleReference:
         than
         half of the memory that is free.
         """
-        if not self._fits_exactly():
-            return None
+        return self.in_float64() if self._fits_exactly() else None
+
+    def in_float64(self) -> PaddleReference:
+        """The same model in float64, however large it is."""
         twin = copy.deepcopy(self.model)
         twin._to_impl(dtype="float64", floating_only=True)  # to() casts tables of integers, too
         return PaddleReference(twin, self.family, self.config, "float64", encoder=self.encoder)
@@ -154,13 +156,14 @@ class RoundedReference:
         self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None
     ) -> dict[str, Array]:
         """The reference's outputs, computed from rounded inputs by rounding modules."""
-        rounded = {name: _there_and_back(array, self._dtype) for name, array in feeds.items()}
+        rounded = {name: there_and_back(array, self._dtype) for name, array in feeds.items()}
         with rounded_modules(self.model, self._dtype, self._peaks):
             results = self._reference.run(rounded, outputs)
-        return {name: _there_and_back(array, self._dtype) for name, array in results.items()}
+        return {name: there_and_back(array, self._dtype) for name, array in results.items()}
 
 
-def _there_and_back(array: Array, dtype: str) -> Array:
+def there_and_back(array: Array, dtype: str) -> Array:
+    """An array rounded to a 16-bit type, in its own type; one that is not of floating-point numbers as it is."""
     if array.dtype not in (np.float32, np.float64):
         return array
     return round_to(array, DTYPES[dtype]).astype(array.dtype)

@@ -16,7 +16,7 @@ from peft_deploy.config.precision import PRECISIONS
 from peft_deploy.errors import ConfigError
 from peft_deploy.parity.bisect import Activation, Finding, Weight, locate, write_reproduction
 from peft_deploy.parity.bisect.exposed import ExposedGraph
-from peft_deploy.parity.cases import Case
+from peft_deploy.parity.cases import Case, CaseMatrix
 from peft_deploy.parity.expectation import Expectation
 from peft_deploy.parity.report import ParityReport
 from peft_deploy.progress import Progress, Silent
@@ -29,7 +29,7 @@ from peft_deploy.workflows.sources import ExportSource
 if TYPE_CHECKING:
     from peft_deploy.parity.reference import PaddleReference
 
-_NOTHING = "no value inside of the graph was found that is not the Paddle model's"
+NOTHING = "no value inside of the graph was found that is not the Paddle model's"
 _SAME = 1e-6  # of the largest magnitude: merged in another order
 
 
@@ -115,21 +115,49 @@ def with_finding(
         ExecutionError: the graph does not run.
         OutputError: the folder cannot be written.
     """
-    failed = {case.name for case in report.cases if not case.passed and case.problem is None}
-    cases = [case for case in expectation.matrix.cases if case.name in failed]
     names = source.family.names(source.config)
     precision = PRECISIONS[Manifest.read(folder).precision]
-    ordered = sorted(cases, key=_size)
-    found = locate(folder, reference, expectation, ordered, names, precision.dtype, active)
+    cases = failed_cases(report, expectation.matrix)
+    found = locate(folder, reference, expectation, cases, names, precision.dtype, active)
     if found is None:
-        return replace(report, warnings=[*report.warnings, _NOTHING])
+        return replace(report, warnings=[*report.warnings, NOTHING])
+    return with_wrong_weights(report, folder, found, source, output, active)
+
+
+def with_wrong_weights(
+    report: ParityReport,
+    folder: Path,
+    found: Finding,
+    source: ExportSource,
+    output: Path,
+    active: Activation | None = None,
+) -> ParityReport:
+    """The report with what was found, and with those of its weights that are wrong; writes the reproduction.
+
+    Args:
+        report: of the check.
+        folder: the bundle.
+        found: what a search found.
+        source: what the bundle was made of.
+        output: a folder for the reproduction.
+        active: what is active beside the graph.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
     wrong = [*_wrong_weights(folder, found, source), *_wrong_blocks(folder, found, source)]
     found = replace(found, weights=[*wrong, *_wrong_files(found, active or Activation())])
     write_reproduction(output, folder, found)
     return replace(report, finding=found)
 
 
-def _size(case: Case) -> tuple[int, int, int]:
+def failed_cases(report: ParityReport, matrix: CaseMatrix) -> list[Case]:
+    """The cases that ran and failed, the simplest first."""
+    failed = {case.name for case in report.cases if not case.passed and case.problem is None}
+    return sorted((case for case in matrix.cases if case.name in failed), key=by_size)
+
+
+def by_size(case: Case) -> tuple[int, int, int]:
     """The simplest first: one call without a past, then few tokens but more than one."""
     tokens = case.slots.size
     return len(case.calls), case.given, tokens if case.slots.shape[1] > 1 else 1 << 30

@@ -34,13 +34,19 @@ def shorten_source(source: ExportSource, base: BaseModel, layers: Sequence[int])
     parameters = short.names.with_layers(layers)
     adapter = source.adapter
     if adapter is not None:
-        adapter = NamedAdapter(adapter.name, shorten_adapter(adapter.adapter, parameters))
+        kept = shorten_adapter(adapter.adapter, parameters)
+        adapter = NamedAdapter(adapter.name, kept) if kept.pairs or kept.replacements else None
 
     def load(progress: Progress, active: NamedAdapter | None) -> nn.Layer:
         from peft_deploy.base.dygraph import load_model
 
         layer = load_model(short, progress=progress)
-        return layer if active is None else with_adapter_read(layer, active.adapter)
+        if active is None:
+            return layer
+        if active.adapter.pairs:
+            return with_adapter_read(layer, active.adapter)
+        _replace(layer, active.adapter)  # a LoRA model wants a LoRA layer
+        return layer
 
     return replace(
         source,
@@ -53,6 +59,15 @@ def shorten_source(source: ExportSource, base: BaseModel, layers: Sequence[int])
         prefixes=(),
         kept=(),
     )
+
+
+def _replace(layer: nn.Layer, adapter: Adapter) -> None:
+    """Puts the whole tensors of an adapter in place of the model's own."""
+    from peft_deploy.adapters.arrays import assign
+
+    parameters = dict(layer.named_parameters(remove_duplicate=False))
+    for name, values in adapter.replacements.items():
+        assign(parameters[name], values)
 
 
 def shorten_adapter(adapter: Adapter, parameters: Mapping[str, str]) -> Adapter:

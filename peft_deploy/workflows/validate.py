@@ -9,7 +9,7 @@ from peft_deploy.base import BaseModel, open_base
 from peft_deploy.base.folder import CONFIG
 from peft_deploy.base.pooling import NO_POOLING
 from peft_deploy.bundle import Manifest
-from peft_deploy.config.export import ALL_LAYERS, RUNTIME, check_layer_count
+from peft_deploy.config.export import RUNTIME, check_layer_count
 from peft_deploy.config.json_file import read_object
 from peft_deploy.environment import require_paddle
 from peft_deploy.errors import BundleError, ConfigError
@@ -17,6 +17,7 @@ from peft_deploy.families import Pooling
 from peft_deploy.parity.report import ParityReport
 from peft_deploy.progress import Progress, Silent
 from peft_deploy.workflows.bisect import check_bisectable, searched
+from peft_deploy.workflows.bisect_layers import searched_in_layers
 from peft_deploy.workflows.check_adapters import check_adapters
 from peft_deploy.workflows.check_bundle import check_bundle
 from peft_deploy.workflows.check_extras import CheckExtras, read_cases
@@ -59,7 +60,8 @@ def validate(
         cases: a file of prompts that are to be checked, too: one a line, or a ``.jsonl`` of objects with a
             ``prompt`` or with ``ids``.
         bisect: a folder for the part of the graph that is at fault, should the bundle fail; the report then says
-            where that is.
+            where that is. Where the check computes with some layers only, the search takes the reference layer by
+            layer, so that one of them is in memory at a time.
         layers: how many layers the check computes with, or ``"all"``; None computes with all where they fit into
             memory, and with as many as do otherwise.
         progress: is told about every phase.
@@ -110,11 +112,6 @@ def validate(
     check_origin(manifest, source)
     count = plan_layers(layers, source, manifest)
     if count is not None:
-        if bisect is not None:
-            raise ConfigError(
-                "--bisect looks at the whole model, which was not asked for or does not fit into memory",
-                hint=f"leave it out, or check all layers: --validate-layers {ALL_LAYERS}",
-            )
         report = check_layers(
             folder,
             source,
@@ -125,7 +122,8 @@ def validate(
             progress=progress,
             extras=extras,
         )
-        return check_weights(report, folder, source, progress=progress)
+        report = check_weights(report, folder, source, progress=progress)
+        return searched_in_layers(report, folder, source, base, extras, progress=progress)
     known: list[KnownText] = []
     model = load_stored(
         source,

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import onnx_ir as ir
 import pytest
 from flows_adapter import adapter_for
+from flows_faults import with_scaled_weight
 
 import peft_deploy
 from peft_deploy.bundle import MODEL, Manifest
@@ -58,7 +58,7 @@ def test_the_manifest_says_which_layers_were_computed_with(bundle: Path) -> None
 def test_a_changed_weight_of_a_layer_that_is_computed_with_is_seen(
     bundle: Path, base: Path, adapter: Path, tmp_path: Path
 ) -> None:
-    broken = _with_scaled_weight(bundle, tmp_path / "out", "model.layers.2.mlp.down_proj.weight")
+    broken = with_scaled_weight(bundle, tmp_path / "out", "model.layers.2.mlp.down_proj.weight")
     report = validate(broken, base, adapter=adapter, layers=3)
     assert len(_failed(report)) > 10
 
@@ -66,7 +66,7 @@ def test_a_changed_weight_of_a_layer_that_is_computed_with_is_seen(
 def test_a_changed_weight_of_a_layer_that_is_left_out_is_seen_in_the_file(
     bundle: Path, base: Path, adapter: Path, tmp_path: Path
 ) -> None:
-    broken = _with_scaled_weight(bundle, tmp_path / "out", "model.layers.3.mlp.down_proj.weight")
+    broken = with_scaled_weight(bundle, tmp_path / "out", "model.layers.3.mlp.down_proj.weight")
     report = validate(broken, base, adapter=adapter, layers=3)
     assert _failed(report) == ["weights, byte by byte"]
     drawn = validate(broken, base, adapter=adapter, layers=4, seed=2)
@@ -100,18 +100,6 @@ def test_a_graph_in_16_bits_is_taken_apart_like_any_other(
     options = ExportOptions(validate_layers=2, precision="fp16")
     result = peft_deploy.export(base, tmp_path / "out", adapter=adapter, options=options)
     assert result.parity is not None and result.parity.layers == CheckedLayers((0, 4), LAYERS)
-
-
-def _with_scaled_weight(bundle: Path, copy: Path, name: str) -> Path:
-    shutil.copytree(bundle, copy)
-    graph = ir.load(copy / MODEL).graph
-    tensor = graph.initializers[name].const_value
-    assert isinstance(tensor, ir.ExternalTensor)
-    path, offset, shape = copy / tensor.location, tensor.offset or 0, tensor.shape.numpy()
-    values = np.memmap(path, np.float32, "r+", offset, tuple(shape))
-    values *= np.float32(1.01)
-    values.flush()
-    return copy
 
 
 def test_without_memory_for_the_whole_model_the_check_says_what_it_does_instead(

@@ -6,6 +6,7 @@ bundle, ONNX Runtime and a reference with its modules; imports onnx-ir when it i
 
 from peft_deploy.parity.bisect.activation import Activation
 from peft_deploy.parity.bisect.finding import Finding, Weight
+from peft_deploy.parity.bisect.layered import LayeredReference, Stack
 from peft_deploy.parity.bisect.places import Place
 from peft_deploy.parity.bisect.reproduction import write_reproduction
 from peft_deploy.parity.bisect.search import locate
@@ -14,7 +15,9 @@ from peft_deploy.parity.bisect.taps import Taps
 __all__ = [
     "Activation",
     "Finding",
+    "LayeredReference",
     "Place",
+    "Stack",
     "Taps",
     "Weight",
     "locate",

@@ -18,9 +18,10 @@ from peft_deploy.parity.bisect.activation import Activation
 from peft_deploy.parity.bisect.exposed import ExposedGraph
 from peft_deploy.parity.bisect.finding import Finding
 from peft_deploy.parity.bisect.judge import Call, Judge, spread, without_padding
+from peft_deploy.parity.bisect.layered import tapped
 from peft_deploy.parity.bisect.places import Place, is_layer, make_places, values_of
 from peft_deploy.parity.bisect.suspects import Suspects, narrow
-from peft_deploy.parity.bisect.taps import GRAPH, Tapped, Taps
+from peft_deploy.parity.bisect.taps import GRAPH, Tapped
 from peft_deploy.parity.cases import Case
 from peft_deploy.parity.compare import measure
 from peft_deploy.parity.expectation import Expectation
@@ -67,10 +68,10 @@ def locate(
     """
     from peft_deploy.convert.passes.node_names import module_folder
 
-    graph, taps = ExposedGraph(folder, active), Taps(reference)
+    graph, taps = ExposedGraph(folder, active), tapped(reference)
     exact = reference.exact()
-    sharp = None if exact is None else Taps(exact)
-    rounded = None if dtype == EXACT_ENOUGH else Taps(reference.rounded(dtype, {}))
+    sharp = None if exact is None else tapped(exact)
+    rounded = None if dtype == EXACT_ENOUGH else tapped(reference.rounded(dtype, {}))
     scopes = {path: module_folder(names.module_to_huggingface(path)) for path in taps.paths}
     places = make_places(graph, scopes, reference.signature)
     for case in cases:
