@@ -1,7 +1,7 @@
 """Measures the export of a model that is larger than memory against copying its checkpoint.
 
     python tools/random_llama.py /scratch/7b
-    python tools/bench_large.py /scratch/7b [--precision fp16] [--precision int4] [--runs N]
+    python tools/bench_large.py /scratch/7b [--precision fp16] [--precision int4] [--runs N] [--json FILE]
 
 Copies FOLDER/base (cp -r), exports it with FOLDER/adapter merged and without the check, and does both in turn, as
 often as was asked for; outputs are removed again. Either is over when its bytes are on the disk: the time is that of
@@ -21,7 +21,7 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from measured_process import process_tree, resident
@@ -111,6 +111,9 @@ def main() -> int:
     parser.add_argument("--precision", action="append", help="default: fp16")
     parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--output", type=Path, help="scratch folder on the same disk")
+    parser.add_argument(
+        "--json", type=Path, help="write the figures there, too, in bytes and seconds"
+    )
     parser.add_argument("--no-copy", action="store_true", help="measure the exports only")
     arguments = parser.parse_args()
     model, precisions = arguments.model, arguments.precision or ["fp16"]
@@ -118,7 +121,11 @@ def main() -> int:
     copy = ["cp", "-r", str(model / "base"), str(output)]
     jobs = [] if arguments.no_copy else [("cp -r", copy)]
     jobs += [(f"export {p}", export_command(model, p, output)) for p in precisions]
-    runs = [run(n, c, model, output) for _ in range(arguments.runs) for n, c in jobs]
+    runs = []
+    for name, command in [job for _ in range(arguments.runs) for job in jobs]:
+        runs.append(run(name, command, model, output))
+        if arguments.json:  # after each: they take long
+            arguments.json.write_text(json.dumps([asdict(r) for r in runs], indent=2) + "\n")
     show(runs)
     return 0
 

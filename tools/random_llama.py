@@ -3,7 +3,7 @@
 For measurements on models that are larger than memory; one tensor is held at a time. Its numbers are spread as those
 of a trained model are, so that its outputs stay finite, and mean nothing.
 
-    python tools/random_llama.py OUTPUT [--size 7b] [--dtype float16] [--shard-size 3GB] [--rank 8]
+    python tools/random_llama.py OUTPUT [--size 7b] [--layers N] [--dtype float16] [--shard-size 3GB] [--rank 8]
 
 makes OUTPUT/base and OUTPUT/adapter (PEFT's format, on all linear layers of the blocks, lora_B not zero).
 """
@@ -25,7 +25,8 @@ from peft_deploy.config.merge import parse_size
 from peft_deploy.weights import DTYPES, Array, TensorInfo, write_safetensors
 
 # hidden, intermediate, layers, heads, kv heads, vocabulary
-SIZES: dict[str, tuple[int, int, int, int, int, int]] = {
+Size = tuple[int, int, int, int, int, int]
+SIZES: dict[str, Size] = {
     "tiny": (64, 160, 6, 4, 2, 320),
     "160m": (768, 2048, 12, 12, 4, 32000),
     "1b": (2048, 5632, 22, 32, 4, 32000),
@@ -75,9 +76,9 @@ class RandomTensors:
         return result.reshape(shape)
 
 
-def config(size: str, dtype: str) -> dict[str, Any]:
+def config(size: Size, dtype: str) -> dict[str, Any]:
     """config.json of a size."""
-    hidden, intermediate, layers, heads, kv_heads, vocabulary = SIZES[size]
+    hidden, intermediate, layers, heads, kv_heads, vocabulary = size
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -98,9 +99,9 @@ def config(size: str, dtype: str) -> dict[str, Any]:
     }
 
 
-def linear_shapes(size: str) -> dict[str, tuple[int, int]]:
+def linear_shapes(size: Size) -> dict[str, tuple[int, int]]:
     """Linear layer within a block → (out, in)."""
-    hidden, intermediate, _, heads, kv_heads, _ = SIZES[size]
+    hidden, intermediate, _, heads, kv_heads, _ = size
     kv = hidden // heads * kv_heads
     return {
         "self_attn.q_proj": (hidden, hidden),
@@ -113,9 +114,9 @@ def linear_shapes(size: str) -> dict[str, tuple[int, int]]:
     }
 
 
-def base_shapes(size: str) -> dict[str, tuple[int, ...]]:
+def base_shapes(size: Size) -> dict[str, tuple[int, ...]]:
     """Every tensor of the model, as Hugging Face names it and lays it."""
-    hidden, _, layers, _, _, vocabulary = SIZES[size]
+    hidden, _, layers, _, _, vocabulary = size
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, hidden)}
     for i in range(layers):
         block = f"model.layers.{i}"
@@ -127,10 +128,10 @@ def base_shapes(size: str) -> dict[str, tuple[int, ...]]:
     return shapes | {"model.norm.weight": (hidden,), "lm_head.weight": (vocabulary, hidden)}
 
 
-def adapter_shapes(size: str, rank: int) -> dict[str, tuple[int, ...]]:
+def adapter_shapes(size: Size, rank: int) -> dict[str, tuple[int, ...]]:
     """A [rank, in] and B [out, rank] of every linear layer, as PEFT names and lays them."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for i in range(SIZES[size][2]):
+    for i in range(size[2]):
         for name, (rows, columns) in linear_shapes(size).items():
             module = f"base_model.model.model.layers.{i}.{name}"
             shapes[f"{module}.lora_A.weight"] = (rank, columns)
@@ -138,7 +139,7 @@ def adapter_shapes(size: str, rank: int) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def write_base(folder: Path, size: str, dtype: str, shard_bytes: int) -> None:
+def write_base(folder: Path, size: Size, dtype: str, shard_bytes: int) -> None:
     """The checkpoint."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config(size, dtype), indent=2) + "\n", "utf-8")
@@ -146,7 +147,7 @@ def write_base(folder: Path, size: str, dtype: str, shard_bytes: int) -> None:
     write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"}, shard_bytes)
 
 
-def write_adapter(folder: Path, size: str, rank: int) -> None:
+def write_adapter(folder: Path, size: Size, rank: int) -> None:
     """The adapter; its change of a weight is a few per cent of the weight."""
     folder.mkdir(parents=True)
     settings = {
@@ -161,7 +162,7 @@ def write_adapter(folder: Path, size: str, rank: int) -> None:
     }
     text = json.dumps(settings, indent=2) + "\n"
     (folder / "adapter_config.json").write_text(text, "utf-8")
-    scale = 0.1 / math.sqrt(SIZES[size][0])
+    scale = 0.1 / math.sqrt(size[0])
     tensors = RandomTensors(adapter_shapes(size, rank), "float32", math.sqrt(scale / _ALPHA))
     write_safetensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
 
@@ -171,17 +172,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output", type=Path, help="a folder that does not exist yet")
     parser.add_argument("--size", choices=SIZES, default="7b")
+    parser.add_argument("--layers", type=int, help="in place of the size's own number")
     parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16")
     parser.add_argument("--shard-size", default="3GB")
     parser.add_argument("--rank", type=int, default=8)
     arguments = parser.parse_args()
-    write_base(
-        arguments.output / "base",
-        arguments.size,
-        arguments.dtype,
-        parse_size(arguments.shard_size),
-    )
-    write_adapter(arguments.output / "adapter", arguments.size, arguments.rank)
+    size = SIZES[arguments.size]
+    if arguments.layers:
+        size = (*size[:2], arguments.layers, *size[3:])
+    shard_bytes = parse_size(arguments.shard_size)
+    write_base(arguments.output / "base", size, arguments.dtype, shard_bytes)
+    write_adapter(arguments.output / "adapter", size, arguments.rank)
     return 0
 
 
