@@ -7,7 +7,8 @@ position between the texts and the end of a table. Comparing the files themselve
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
@@ -20,9 +21,8 @@ import numpy.typing as npt
 from peft_deploy.errors import BundleError
 from peft_deploy.runtime import check_external_data
 from peft_deploy.runtime.program_file import check_weights
-from peft_deploy.weights import Array, contiguous_blocks
+from peft_deploy.weights import FLOATING, Array, TensorInfo
 from peft_deploy.weights.pdiparams import read_places
-from peft_deploy.weights.source import DTYPES
 
 # Of a tensor's largest magnitude. Another processor adds up A · B in another order (and decomposes a matrix in
 # another way, for PiSSA), so that a merged weight may differ in its last bits.
@@ -123,24 +123,24 @@ def stored_in_paddle(program: Path, params: Path) -> dict[str, FileTensor]:
     }
 
 
-def difference(stored: FileTensor, wanted: Array, *, summed: bool) -> str | None:
+def difference(
+    stored: FileTensor, wanted: TensorInfo, pieces: Iterable[Array], *, summed: bool
+) -> str | None:
     """What is wrong with a stored tensor, for people; None when it is the one that is wanted.
 
     Args:
         stored: where it lies.
-        wanted: what an export writes.
+        wanted: type and shape of what an export writes.
+        pieces: the same in row-major order, a few megabytes at a time.
         summed: whether it is a sum of products, whose last bits depend on the processor.
 
     Raises:
         BundleError: the file ends before the tensor does.
     """
-    if stored.shape != wanted.shape or DTYPES[stored.dtype] != wanted.dtype:
-        return (
-            f"it is {stored.dtype} {list(stored.shape)}; "
-            f"it should be {wanted.dtype.name} {list(wanted.shape)}"
-        )
+    if (stored.dtype, stored.shape) != (wanted.dtype, wanted.shape):
+        return f"it is {stored.dtype} {list(stored.shape)}; it should be {wanted.dtype} {list(wanted.shape)}"
     changed, first, off, largest = 0, -1, 0.0, 0.0
-    for start, have, want in _blocks(stored, wanted):
+    for start, have, want in _blocks(stored, pieces):
         if summed:
             largest = max(largest, float(np.abs(want.astype(np.float64)).max(initial=0)))
         unequal = _unequal(have, want)
@@ -153,22 +153,23 @@ def difference(stored: FileTensor, wanted: Array, *, summed: bool) -> str | None
     if first < 0 or (summed and _is_same_sum(wanted, off, max(largest, _TINY), changed)):
         return None
     index = [int(i) for i in np.unravel_index(first, wanted.shape)]
-    return f"{changed} of {wanted.size} numbers differ, by up to {off:.3g}; the first is {index}"
+    return f"{changed} of {math.prod(wanted.shape)} numbers differ, by up to {off:.3g}; the first is {index}"
 
 
-def _is_same_sum(wanted: Array, off: float, largest: float, changed: int) -> bool:
+def _is_same_sum(wanted: TensorInfo, off: float, largest: float, changed: int) -> bool:
     """Whether another order of adding up explains a difference.
 
     Args:
-        wanted: what the export writes.
+        wanted: type and shape of what the export writes.
         off: the largest difference.
         largest: the largest magnitude.
         changed: how many numbers differ.
     """
-    if np.issubdtype(wanted.dtype, np.integer):
-        return off <= ONE_STEP and changed <= SAME_STEPS * wanted.size
-    step = _STEP.get(wanted.dtype.name, 0.0)
-    return off <= (SAME_SUM + step) * largest and (not step or changed <= SAME_STEPS * wanted.size)
+    some = SAME_STEPS * math.prod(wanted.shape)
+    if wanted.dtype not in FLOATING:
+        return off <= ONE_STEP and changed <= some
+    step = _STEP.get(wanted.dtype, 0.0)
+    return off <= (SAME_SUM + step) * largest and (not step or changed <= some)
 
 
 def _unequal(have: Array, want: Array) -> npt.NDArray[np.intp]:
@@ -177,11 +178,11 @@ def _unequal(have: Array, want: Array) -> npt.NDArray[np.intp]:
     return np.flatnonzero(bits.reshape(have.size, -1).any(axis=1))
 
 
-def _blocks(stored: FileTensor, wanted: Array) -> Iterator[tuple[int, Array, Array]]:
+def _blocks(stored: FileTensor, wanted: Iterable[Array]) -> Iterator[tuple[int, Array, Array]]:
     """Index of the first element, what the file has and what is wanted, in pieces of a few megabytes."""
     start = 0
     with stored.open() as file:
-        for block in contiguous_blocks(wanted):
+        for block in wanted:
             flat = block.reshape(-1)
             for at in range(0, flat.size, _PIECE):
                 piece = flat[at : at + _PIECE]

@@ -46,6 +46,11 @@ class BlockQuantized:
         """``int4`` or ``int8``."""
         return f"int{self.bits}"
 
+    @property
+    def axis(self) -> int:
+        """Across the blocks."""
+        return 0 if self.rows else 1
+
     def parts(self, info: TensorInfo) -> Mapping[str, TensorInfo]:
         """The numbers [out, blocks, bytes of a block], and the scales [out, blocks]."""
         size, out = self._sizes(info.shape)

@@ -28,13 +28,19 @@ def row_blocks(shape: tuple[int, ...], itemsize: int) -> Iterator[slice]:
         yield slice(start, min(start + rows, shape[0]))
 
 
-def contiguous(array: Array) -> Array:
-    """The array itself when it is in row-major order, otherwise a copy that is."""
+def contiguous(array: Array, dtype: np.dtype[np.generic] | None = None) -> Array:
+    """The array itself when it is in row-major order and of the type, otherwise a copy that is.
+
+    Args:
+        array: in any memory order.
+        dtype: to convert to on the way, which costs nothing beside turning a matrix round; the array's own when None.
+    """
+    dtype = array.dtype if dtype is None else dtype
     if array.flags.c_contiguous:
-        return array
+        return array.astype(dtype, copy=False)
     if array.ndim != 2:
-        return np.ascontiguousarray(array)
-    result = np.empty(array.shape, array.dtype)
+        return np.ascontiguousarray(array, dtype)
+    result = np.empty(array.shape, dtype)
     for i in range(0, array.shape[0], TILE_ROWS):
         for j in range(0, array.shape[1], TILE_COLUMNS):
             tile = slice(i, i + TILE_ROWS), slice(j, j + TILE_COLUMNS)

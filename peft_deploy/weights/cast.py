@@ -61,6 +61,8 @@ def cast_pieces(array: Array, dtype: str, *, name: str = "the tensor") -> Iterat
         return pieces_of_array(array)
 
     def make(rows: Array) -> Array:
+        if is_wider(target, rows.dtype):
+            return contiguous(rows, target)
         return cast_block(contiguous(rows), target, name)
 
     return pieces_of_array(array, make, target.itemsize)
@@ -69,8 +71,8 @@ def cast_pieces(array: Array, dtype: str, *, name: str = "the tensor") -> Iterat
 def cast_block(block: Array, target: np.dtype[np.generic], name: str) -> Array:
     """Like :func:`cast_array`, in one go."""
     result = round_to(block, target)
-    if target.itemsize >= block.dtype.itemsize and target != np.float16:
-        return result  # every value has a place in the wider type
+    if is_wider(target, block.dtype):
+        return result
     if all_finite(result):
         return result
     lost = ~np.isfinite(result) & np.isfinite(block)
@@ -82,6 +84,11 @@ def cast_block(block: Array, target: np.dtype[np.generic], name: str) -> Array:
             hint="use bfloat16 or float32",
         )
     return result
+
+
+def is_wider(target: np.dtype[np.generic], source: np.dtype[np.generic]) -> bool:
+    """Whether every value of one floating-point type has a place in another."""
+    return target.itemsize >= source.itemsize and target != np.float16
 
 
 def round_to(block: Array, target: np.dtype[np.generic]) -> Array:

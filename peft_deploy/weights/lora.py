@@ -64,6 +64,10 @@ class LoraPair:
         """Shape of the weight that the pair belongs to: (in, out)."""
         return int(self.A.shape[0]), int(self.B.shape[1])
 
+    def transposed(self) -> LoraPair:
+        """The change of the transposed weight."""
+        return LoraPair(self.B.T, self.A.T, self.scaling)
+
 
 def lora_delta(pair: LoraPair) -> Array:
     """The change of the weight, scaling · A · B.
@@ -131,7 +135,7 @@ def merged_pieces(
     B: npt.NDArray[Any] = require_finite(pair.B, f"B of {name}").astype(wide)  # [R, out]
 
     def merge(rows: slice) -> Array:
-        return _merge_block(contiguous(W[rows]), A[rows] @ B, pair.scaling, target, name)
+        return _merge_block(W[rows], A[rows] @ B, pair.scaling, target, name)
 
     for rows in row_blocks(W.shape, np.dtype(wide).itemsize):
         yield partial(merge, rows)
@@ -147,7 +151,7 @@ def _merge_block(
     """One block's result; ``product`` becomes the same before rounding."""
     with np.errstate(over="ignore", invalid="ignore"):
         product *= product.dtype.type(scaling)
-        product += block.astype(product.dtype, copy=False)
+        product += contiguous(block, product.dtype)
         result = round_to(product, target)
     if all_finite(result):
         return result

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +13,7 @@ import numpy.typing as npt
 from peft_deploy.errors import AdapterError
 from peft_deploy.weights.cast import cast_array, cast_pieces, check_float
 from peft_deploy.weights.lora import LoraPair, merge_weight, merged_pieces, require_finite
-from peft_deploy.weights.pieces import Task, pieces_of_array
+from peft_deploy.weights.pieces import Task, along, pieces_of_array
 from peft_deploy.weights.rounding import NARROW, RoundingLoss, sampled_rows
 from peft_deploy.weights.source import FLOATING, Array, TensorInfo, TensorSource
 
@@ -130,14 +131,19 @@ class MergedTensors:
             return merge_weight(value, pair, name=name, dtype=target)
         return cast_array(value, target, name=name) if target in FLOATING else value
 
-    def pieces(self, name: str) -> Iterator[Task[Array]]:
-        """One parameter's rows in pieces, bit for bit those of :meth:`read`; errors as there."""
+    def pieces(self, name: str, axis: int = 0) -> Iterator[Task[Array]]:
+        """One parameter in pieces; errors as in :meth:`read`.
+
+        Rows are bit for bit those of :meth:`read`; in columns, sums of an adapter may differ in their last bits.
+        """
         value, pair, target = self._opened(name)
         if pair is not None:
-            return merged_pieces(value, pair, name=name, dtype=target)
-        return (
-            cast_pieces(value, target, name=name) if target in FLOATING else pieces_of_array(value)
-        )
+            pair = pair if axis == 0 else pair.transposed()
+            merge = partial(merged_pieces, pair=pair, name=name, dtype=target)
+            return along(axis, merge, value)
+        if target in FLOATING:
+            return along(axis, partial(cast_pieces, dtype=target, name=name), value)
+        return along(axis, pieces_of_array, value)
 
     def _opened(self, name: str) -> tuple[Array, LoraPair | None, str]:
         """What a parameter is made of, and the type that it gets; what rounding loses is noted on the way."""

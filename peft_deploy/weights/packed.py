@@ -57,13 +57,13 @@ class PackedTensors:
             column = columns.stop
         return result
 
-    def pieces(self, name: str) -> Iterator[Task[Array]]:
-        """One tensor's rows in pieces; KeyError for an unknown one, and for a part."""
+    def pieces(self, name: str, axis: int = 0) -> Iterator[Task[Array]]:
+        """One tensor in pieces; KeyError for an unknown one, and for a part."""
         if name not in self._packed:
-            yield from pieces_of(self._source, self._known(name))
-        elif len(self._infos[name].shape) == 1:
+            yield from pieces_of(self._source, self._known(name), axis)
+        elif axis == len(self._infos[name].shape) - 1:  # along which the parts are joined
             for part in self._packed[name]:
-                yield from pieces_of(self._source, part)
+                yield from pieces_of(self._source, part, axis)
         else:
             with ExitStack() as stack:
                 parts = [in_order(pieces_of(self._source, part)) for part in self._packed[name]]

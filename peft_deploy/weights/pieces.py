@@ -16,7 +16,7 @@ from typing import Protocol, TypeVar, runtime_checkable
 import numpy as np
 
 from peft_deploy.weights.blocks import contiguous, row_blocks
-from peft_deploy.weights.source import Array, TensorSource
+from peft_deploy.weights.source import DTYPES, Array, TensorInfo, TensorSource
 
 T = TypeVar("T")
 Task = Callable[[], T]
@@ -29,25 +29,50 @@ _AHEAD = 2 * _WORKERS  # tasks that are begun and not yet handed on
 class PieceSource(TensorSource, Protocol):
     """A source that can compute a part of a tensor without the rest."""
 
-    def pieces(self, name: str) -> Iterator[Task[Array]]:
-        """One tensor in row-major order; each call gives one piece, and they may be made in any order."""
+    def pieces(self, name: str, axis: int = 0) -> Iterator[Task[Array]]:
+        """One tensor in pieces; each call gives one of them, and they may be made in any order.
+
+        Args:
+            name: the tensor's.
+            axis: 0 for rows, each piece in row-major order; 1 for columns of a matrix, in any memory order.
+        """
         ...
 
 
-def pieces_of(source: TensorSource, name: str) -> Iterator[Task[Array]]:
+def pieces_of(source: TensorSource, name: str, axis: int = 0) -> Iterator[Task[Array]]:
     """One tensor in pieces, read whole where its source knows no better.
 
     Args:
         source: of the tensor.
         name: the tensor's.
+        axis: see :meth:`PieceSource.pieces`.
 
     Yields:
-        What computes the next rows of it, in row-major order.
+        What computes the next rows or columns of it.
     """
     if isinstance(source, PieceSource):
-        yield from source.pieces(name)
+        yield from source.pieces(name, axis)
     else:
-        yield from pieces_of_array(source.read(name))
+        yield from along(axis, pieces_of_array, source.read(name))
+
+
+def along(
+    axis: int, pieces: Callable[[Array], Iterator[Task[Array]]], array: Array
+) -> Iterator[Task[Array]]:
+    """Pieces of rows, or of columns: those are the rows of the transposed matrix, turned round.
+
+    Args:
+        axis: 0 or 1.
+        pieces: of an array's rows.
+        array: what they are to be made of.
+    """
+    if axis == 0:
+        return pieces(array)
+    return (partial(_transposed, task) for task in pieces(array.T))
+
+
+def _transposed(task: Task[Array]) -> Array:
+    return task().T
 
 
 def pieces_of_array(
@@ -63,6 +88,23 @@ def pieces_of_array(
     array = np.atleast_1d(array)
     for rows in row_blocks(array.shape, max(itemsize, array.itemsize)):
         yield partial(make, array[rows])  # a view: nothing is read yet
+
+
+def joined(info: TensorInfo, pieces: Iterable[Array], axis: int = 0) -> Array:
+    """A whole tensor of its pieces, taken one at a time.
+
+    Args:
+        info: of the tensor.
+        pieces: in order, along ``axis``.
+        axis: 0 for rows, 1 for columns.
+    """
+    result, start = np.empty(info.shape, DTYPES[info.dtype]), 0
+    rows = result if axis == 0 else result.T
+    for piece in pieces:
+        part = piece if axis == 0 else piece.T
+        rows[start : start + len(part)] = part
+        start += len(part)
+    return result
 
 
 def in_order(tasks: Iterable[Task[T]]) -> Generator[T, None, None]:

@@ -10,16 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from threading import Lock
 from typing import Protocol, runtime_checkable
 
 from peft_deploy.weights.cast import cast_array
-from peft_deploy.weights.pieces import Task, pieces_of, pieces_of_array
+from peft_deploy.weights.pieces import Task, in_order, joined, pieces_of
 from peft_deploy.weights.source import FLOATING, Array, TensorInfo, TensorSource
 
 
 @runtime_checkable
 class Storage(Protocol):
-    """One way to keep a tensor.
+    """One way to keep a tensor, some of its columns (or rows) at a time.
 
     Columns must not depend on each other (the last axis of a linear weight [in, out]): the weights of several layers
     may be put side by side, or apart again, between the checkpoint and the file.
@@ -30,6 +32,14 @@ class Storage(Protocol):
         """For the manifest and for messages, such as ``int4``."""
         ...
 
+    @property
+    def axis(self) -> int:
+        """Along which slices of a tensor can be encoded and decoded by themselves: 1, or 0 for what is never packed.
+
+        It is the first axis of every part.
+        """
+        ...
+
     def parts(self, info: TensorInfo) -> Mapping[str, TensorInfo]:
         """What the file gets, by what is appended to the tensor's name; known before the tensor is read."""
         ...
@@ -38,7 +48,7 @@ class Storage(Protocol):
         """The contents of :meth:`parts`.
 
         Args:
-            tensor: in float32.
+            tensor: in float32, in any memory order; whole, or a slice of it along :attr:`axis`.
             name: of the tensor, for messages.
 
         Raises:
@@ -51,7 +61,7 @@ class Storage(Protocol):
 
         Args:
             parts: from :meth:`encode`.
-            shape: of the tensor.
+            shape: of the tensor, or of that slice of it.
         """
         ...
 
@@ -78,7 +88,8 @@ class StoredTensor:
 class EncodedTensors:
     """A :class:`~peft_deploy.weights.source.TensorSource` of what goes into the file.
 
-    Holds the parts of one tensor at a time, those that were not asked for yet.
+    Tensors are encoded in pieces. While the pieces of one part are taken, those of the tensor's other parts are kept
+    until they are asked for, which has to come next.
 
     Args:
         source: the tensors.
@@ -103,7 +114,7 @@ class EncodedTensors:
             for suffix, part in plan[name].parts(info).items():
                 self._infos[found[suffix]] = TensorInfo(found[suffix], part.dtype, part.shape)
                 self._origins[found[suffix]] = stored, suffix
-        self._waiting: dict[str, Array] = {}
+        self._waiting: dict[str, list[_Slice]] = {}
 
     def names(self) -> Sequence[str]:
         """Of the tensors in the file."""
@@ -121,18 +132,46 @@ class EncodedTensors:
         """
         if name not in self._origins:
             return self._source.read(self._infos[name].name)
-        if name not in self._waiting:
-            stored, _ = self._origins[name]
-            tensor = self._source.read(stored.info.name)
-            encoded = stored.storage.encode(tensor, stored.info.name)
-            self._waiting = {stored.parts[suffix]: part for suffix, part in encoded.items()}
-        return self._waiting.pop(name)
+        return joined(self._infos[name], in_order(self.pieces(name)))
 
-    def pieces(self, name: str) -> Iterator[Task[Array]]:
+    def pieces(self, name: str, axis: int = 0) -> Iterator[Task[Array]]:
         """One tensor of the file in pieces; errors as in :meth:`read`."""
         if name not in self._origins:
-            return pieces_of(self._source, self._infos[name].name)
-        return pieces_of_array(self.read(name))
+            yield from pieces_of(self._source, self._infos[name].name, axis)
+            return
+        if axis != 0:
+            raise ValueError(f"{name} is encoded, and comes in rows only")
+        if name not in self._waiting:
+            stored, _ = self._origins[name]
+            tasks = pieces_of(self._source, stored.info.name, stored.storage.axis)
+            slices = [_Slice(stored, task) for task in tasks]
+            self._waiting = dict.fromkeys(stored.parts.values(), slices)
+        _, suffix = self._origins[name]
+        for one in self._waiting.pop(name):
+            yield partial(one.take, suffix)
+
+
+class _Slice:
+    """A slice of a tensor, encoded when the first of its parts is taken.
+
+    Args:
+        stored: the tensor.
+        task: gives the slice.
+    """
+
+    def __init__(self, stored: StoredTensor, task: Task[Array]) -> None:
+        self._stored = stored
+        self._task: Task[Array] | None = task
+        self._parts: dict[str, Array] = {}
+        self._lock = Lock()  # both parts may be asked for at one time
+
+    def take(self, suffix: str) -> Array:
+        """One of the parts, which can be taken once."""
+        with self._lock:
+            if self._task is not None:
+                encoded = self._stored.storage.encode(self._task(), self._stored.info.name)
+                self._parts, self._task = dict(encoded), None
+            return self._parts.pop(suffix)
 
 
 class DecodedTensors:
@@ -157,8 +196,17 @@ class DecodedTensors:
         return TensorInfo(name, "float32" if info.dtype in FLOATING else info.dtype, info.shape)
 
     def read(self, name: str) -> Array:
-        """One tensor."""
-        tensor, storage = self._source.read(name), self._plan.get(name)
+        """One tensor; beside it, only pieces of what it is made of are held."""
+        storage = self._plan.get(name)
         if storage is None:
-            return cast_array(tensor, "float32", name=name)
-        return storage.decode(storage.encode(tensor, name), tensor.shape)
+            return cast_array(self._source.read(name), "float32", name=name)
+        numbers = (
+            partial(_there_and_back, storage, task, name)
+            for task in pieces_of(self._source, name, storage.axis)
+        )
+        return joined(self.info(name), in_order(numbers), storage.axis)
+
+
+def _there_and_back(storage: Storage, task: Task[Array], name: str) -> Array:
+    tensor = task()
+    return storage.decode(storage.encode(tensor, name), tensor.shape)

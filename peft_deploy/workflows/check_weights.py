@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from peft_deploy.parity.stored_weights import (
 from peft_deploy.progress import Progress, Silent
 from peft_deploy.weights import TensorSource
 from peft_deploy.weights.block_quantized import QUANTIZED, SCALES
+from peft_deploy.weights.pieces import in_order, pieces_of
 from peft_deploy.workflows.graph_parts import GraphPart
 from peft_deploy.workflows.sources import ExportSource
 from peft_deploy.workflows.storage import written_parts
@@ -143,8 +145,12 @@ def _compare(
     for parameter, name in names.items():
         if name not in stored:
             wrong[name] = "it is not there"
-        elif text := difference(stored[name], tensors.read(parameter), summed=parameter in summed):
-            wrong[name] = text
+        else:
+            info, summing = tensors.info(parameter), parameter in summed
+            with closing(in_order(pieces_of(tensors, parameter))) as pieces:
+                text = difference(stored[name], info, pieces, summed=summing)
+            if text is not None:
+                wrong[name] = text
         progress.advance(1, name)
     return wrong
 

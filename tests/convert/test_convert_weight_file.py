@@ -5,13 +5,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from peft_deploy.convert import WeightFile, stream_weights
+from peft_deploy.convert.bind import place
 from peft_deploy.errors import CheckpointError
+from peft_deploy.parity.stored_weights import difference, stored_in_onnx
 from peft_deploy.progress import Silent
+from peft_deploy.runtime import OnnxRunner
 from peft_deploy.weights import Array, TensorInfo
-from peft_deploy.weights.pieces import Task, pieces_of_array
+from peft_deploy.weights.pieces import Task, along, pieces_of_array
 
 
 class Tensors:
@@ -31,9 +35,9 @@ class Tensors:
     def read(self, name: str) -> Array:
         return self.arrays[name]
 
-    def pieces(self, name: str) -> Iterator[Task[Array]]:
+    def pieces(self, name: str, axis: int = 0) -> Iterator[Task[Array]]:
         array = self.arrays[name]
-        return pieces_of_array(array[:-1] if name in self._cut else array)
+        return along(axis, pieces_of_array, array[:-1] if name in self._cut else array)
 
 
 SHAPES = {"layers.10.w": (3000, 1000), "layers.2.w": (7, 3), "b": (5,), "scalar": (), "no": (0, 2)}
@@ -64,3 +68,42 @@ def test_a_tensor_that_is_not_what_was_announced_is_an_error(tmp_path: Path) -> 
         ),
     ):
         stream_weights(tensors, file, Silent())
+
+
+class FileWithHole(WeightFile):
+    """Can leave out bytes, which take no space on the disk."""
+
+    def skip(self, size: int) -> None:
+        self._file.seek(size, 1)
+        self.end += size
+
+
+def test_what_lies_beyond_four_gigabytes_is_found_by_onnxruntime_and_by_a_check(
+    tmp_path: Path,
+) -> None:
+    rng = np.random.default_rng(1)
+    near, far = (rng.standard_normal((64, 64)).astype(np.float32) for _ in range(2))
+    with FileWithHole(tmp_path / "model.onnx.data") as file:
+        file.add("near", near)
+        file.skip(5 << 30)
+        file.add("far", far)
+    assert file.placements["far"].offset > 1 << 32
+    square = ir.TensorType(ir.DataType.FLOAT), ir.Shape([64, 64])
+    x = ir.Value(name="x", type=square[0], shape=square[1])
+    weights = [ir.Value(name=name) for name in ("near", "far")]
+    nodes = []
+    for value in weights:
+        place(value, file.placements[str(value.name)], file)
+        nodes.append(ir.node("MatMul", [nodes[-1].outputs[0] if nodes else x, value]))
+    y = nodes[-1].outputs[0]
+    y.name, y.type, y.shape = "y", *square
+    graph = ir.Graph([x], [y], nodes=nodes, initializers=weights, opset_imports={"": 21}, name="g")
+    ir.save(ir.Model(graph, ir_version=10), tmp_path / "model.onnx")
+
+    found = OnnxRunner(tmp_path / "model.onnx").run({"x": np.eye(64, dtype=np.float32)})["y"]
+    np.testing.assert_allclose(found, near @ far, rtol=0, atol=1e-4)
+    stored = stored_in_onnx(tmp_path / "model.onnx")
+    for name, array in (("near", near), ("far", far)):
+        info = TensorInfo(name, "float32", array.shape)
+        assert difference(stored[name], info, [array], summed=False) is None
+    assert difference(stored["far"], info, [near], summed=False) is not None

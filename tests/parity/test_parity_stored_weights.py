@@ -12,13 +12,21 @@ from made_bundles import Exported, export, make_folders
 from model_recipes import load_recipe
 
 from peft_deploy.errors import BundleError
-from peft_deploy.parity import ParityReport
-from peft_deploy.parity.stored_weights import SAME_SUM, FileTensor, difference, stored_in_onnx
+from peft_deploy.parity import ParityReport, stored_weights
+from peft_deploy.parity.stored_weights import SAME_SUM, FileTensor, stored_in_onnx
+from peft_deploy.weights import TensorInfo, contiguous
 from peft_deploy.workflows.check_weights import check_weights
 
 Tensor = Callable[..., FileTensor]
 RNG = np.random.default_rng(3)
 WEIGHT = RNG.standard_normal((700, 300)).astype(np.float32)
+
+
+def difference(tensor: FileTensor, wanted: np.ndarray, *, summed: bool) -> str | None:
+    """Against an array, given in pieces of a few rows."""
+    info = TensorInfo("w", wanted.dtype.name, wanted.shape)
+    pieces = (contiguous(wanted[i : i + 150]) for i in range(0, len(wanted), 150))
+    return stored_weights.difference(tensor, info, pieces, summed=summed)
 
 
 @pytest.fixture

@@ -50,6 +50,24 @@ def test_a_merge_in_pieces_is_the_whole_tensor_merged_to_the_bit(dtype: str, sto
         list(pieces_of(subset, "left_out"))
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_columns_are_merged_like_rows(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peft_deploy.weights.blocks.BLOCK_BYTES", 4 * 70 * 9)
+    rng = np.random.default_rng(4)
+    W = rng.standard_normal((70, 110)).astype(np.float16).T.copy().T
+    A, B = (rng.standard_normal(s).astype(np.float32) for s in ((70, 5), (5, 110)))
+    source = ArrayTensors({"layer.weight": W, "other.weight": W, "left_out": W})
+    adapter = AdapterTensors({"layer": LoraPair(A, B, 0.1)}, {})
+    subset = SubsetTensors(MergedTensors(source, adapter, dtype), {"left_out"})
+    tolerance = 1e-6 if dtype == "float32" else 1e-3
+    for name in subset.names():
+        pieces = [piece() for piece in pieces_of(subset, name, 1)]
+        assert len(pieces) > 5 and {len(piece) for piece in pieces} == {70}
+        found = np.concatenate(pieces, 1)
+        assert found.dtype == DTYPES[dtype]
+        np.testing.assert_allclose(found, subset.read(name), tolerance, tolerance)
+
+
 def test_a_source_without_pieces_is_read_whole() -> None:
     values = {
         "a": np.arange(12.0).reshape(3, 4),
