@@ -16,6 +16,7 @@ from paddle import nn
 from paddlenlp.transformers.model_utils import no_init_weights
 
 from peft_deploy.base.folder import BaseModel
+from peft_deploy.base.mapped import LEAST, fill_mapped
 from peft_deploy.errors import ConfigError
 from peft_deploy.families import Family
 from peft_deploy.families.standins.parameters import unique_parameters
@@ -42,7 +43,11 @@ def build_skeleton(family: Family, config: Mapping[str, Any]) -> nn.Layer:
 
 
 def load_model(
-    base: BaseModel, dtype: str = "float32", progress: Progress | None = None
+    base: BaseModel,
+    dtype: str = "float32",
+    progress: Progress | None = None,
+    *,
+    mapped: bool = False,
 ) -> nn.Layer:
     """The model with its weights, in evaluation mode.
 
@@ -50,6 +55,7 @@ def load_model(
         base: the model.
         dtype: of the parameters; weights stored in another one are cast.
         progress: gets a phase with one unit a tensor.
+        mapped: keep large parameters in files, see :mod:`~peft_deploy.base.mapped`; in float32 or float64.
 
     Raises:
         CheckpointError: tensors missing, unexpected, or of another shape than the model's.
@@ -71,7 +77,9 @@ def load_model(
     for name, parameter in parameters.items():
         # What no output depends on may be missing.
         data = base.tensors.read(name) if name in stored else np.zeros(parameter.shape, np.float32)
-        _fill(parameter, np.ascontiguousarray(data).astype(DTYPES[dtype], copy=False), dtype)
+        large = mapped and data.size * DTYPES[dtype].itemsize >= LEAST
+        if not (large and fill_mapped(parameter, data, dtype)):
+            _fill(parameter, np.ascontiguousarray(data).astype(DTYPES[dtype], copy=False), dtype)
         progress.advance(1, name)
     model.eval()
     return model

@@ -19,6 +19,7 @@ import numpy as np
 from peft_deploy.bundle import MODEL
 from peft_deploy.errors import ExecutionError
 from peft_deploy.runtime import check_external_data
+from peft_deploy.runtime.exact_arithmetic import without_rounding
 from peft_deploy.signature import past_names, present_names
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class LayeredGraph:
             )
 
     def shorten(self, layers: Sequence[int]) -> bytes:
-        """The graph with these layers only; this object is of no use afterwards.
+        """The graph with these layers only, activations in float32; this object is of no use afterwards.
 
         Args:
             layers: indices, ascending, the first layer's among them.
@@ -81,6 +82,7 @@ class LayeredGraph:
                 self._rewire(node, self.num_layers - 1, layers[-1])
         self._keep_ends(layers)
         self._drop_unused()
+        without_rounding(self._model)
         return bytes(ir.to_proto(self._model).SerializeToString())
 
     def unlike(self) -> dict[int, str]:

@@ -49,6 +49,7 @@ EXECUTION_PROVIDERS: dict[str, str] = {
 _PROVIDER_OPTIONS: dict[str, dict[str, str]] = {"cuda": {"use_tf32": "0"}}
 _QUIET = 4  # only what ends the process; errors arrive as exceptions with the same words
 _WARNINGS = 2
+_NO_PREPACKING = "session.disable_prepacking"
 # Where onnxruntime is to look for the weights of a model that it gets as bytes.
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
@@ -63,6 +64,7 @@ class OnnxRunner:
         provider: ``"cpu"`` or ``"cuda"``.
         threads: threads within one operator; None leaves it to onnxruntime (all cores).
         graph: a serialized model to run in place of the file's, with weights beside that file.
+        lean: take less memory and more time: weights are used where they are mapped, and not arranged anew.
 
     Raises:
         MissingExtraError: onnxruntime is not installed.
@@ -83,6 +85,7 @@ class OnnxRunner:
         provider: str = "cpu",
         threads: int | None = None,
         graph: bytes | None = None,
+        lean: bool = False,
     ) -> None:
         path = Path(model)
         self._positions: int | None = None
@@ -99,7 +102,7 @@ class OnnxRunner:
         _require_kernels(path, signature, dtype, provider)
         self.path = path
         self.provider = provider
-        self._session = _open(path, provider, threads, graph)
+        self._session = _open(path, provider, threads, graph, lean=lean)
         self.placement = None if provider == "cpu" else _placement(self._session, provider)
         declared = _declared_signature(self._session)
         self._has_bank = ADAPTER_IDS in declared.input_names
@@ -243,7 +246,7 @@ class OnnxRunner:
 
 
 def _open(
-    path: Path, provider: str, threads: int | None, graph: bytes | None
+    path: Path, provider: str, threads: int | None, graph: bytes | None, *, lean: bool = False
 ) -> ort.InferenceSession:
     check_choices(provider, threads)
     require_onnxruntime()
@@ -256,6 +259,9 @@ def _open(
     options.log_severity_level = _WARNINGS if debugging() else _QUIET
     if threads is not None:
         options.intra_op_num_threads = threads
+    if lean:
+        options.enable_cpu_mem_arena = False
+        options.add_session_config_entry(_NO_PREPACKING, "1")
     if provider == "cuda":
         ort.preload_dlls()  # CUDA's libraries may come from pip
         options.add_session_config_entry(RECORD, "1")

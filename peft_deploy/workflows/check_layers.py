@@ -10,6 +10,7 @@ from pathlib import Path
 from peft_deploy.base import BaseModel
 from peft_deploy.bundle import Manifest
 from peft_deploy.config.export import ALL_LAYERS, ONNX
+from peft_deploy.config.precision import PRECISIONS
 from peft_deploy.environment import available_memory
 from peft_deploy.errors import ConfigError, listed
 from peft_deploy.families import EncoderDecoderFamily
@@ -113,7 +114,9 @@ def check_layers(
     short = shorten_source(source, base, layers)
     model = load_stored(short, manifest.precision, progress)
     signature = _shorten_signature(manifest.signature, total, len(layers))
-    runner = OnnxRunner(folder, signature, provider=provider, graph=content)
+    # The kernels of quantized weights would make whole matrices of them again, if they could not arrange them.
+    lean = not PRECISIONS[manifest.precision].quantized
+    runner = OnnxRunner(folder, signature, provider=provider, graph=content, lean=lean)
     report = check_bundle(
         folder,
         model,

@@ -16,6 +16,7 @@ import numpy as np
 from peft_deploy.config.precision import FP32, PRECISIONS, Precision
 from peft_deploy.errors import ParityError, listed
 from peft_deploy.progress import Progress
+from peft_deploy.weights.blocks import row_blocks
 from peft_deploy.weights.cast import round_to
 from peft_deploy.weights.source import DTYPES, Array
 from peft_deploy.workflows.sources import EXPORT_DTYPE, ExportSource, NamedAdapter
@@ -69,6 +70,7 @@ def _store(model: nn.Layer, source: ExportSource, precision: Precision, *, slots
     from peft_deploy.adapters.arrays import assign
     from peft_deploy.adapters.lora import LoRAModel
     from peft_deploy.adapters.lora.layer import LoRALayer
+    from peft_deploy.base.mapped import release_pages
 
     inner = model.model if isinstance(model, LoRAModel) else model
     parameters = dict(inner.named_parameters(remove_duplicate=False))
@@ -78,6 +80,7 @@ def _store(model: nn.Layer, source: ExportSource, precision: Precision, *, slots
     numbers, whole = decoded(source, precision), source.merged(EXPORT_DTYPE)
     wrong: list[str] = []
     for name in numbers.names():
+        release_pages()  # of what came before
         module, _, attribute = name.rpartition(".")
         if attribute != "weight" or module not in layers:
             if name in parameters:  # or what no output depends on
@@ -87,6 +90,7 @@ def _store(model: nn.Layer, source: ExportSource, precision: Precision, *, slots
         if not slots:
             wrong += _compare(name, layer.merged_weight(), whole.read(name), layer.split_weight())
         _put_behind_branch(layer, numbers.read(name), slots=slots, dtype=precision.dtype)
+    release_pages()
     if wrong:
         raise ParityError(
             f"{len(wrong)} weights are not those of the model with its adapter active:\n{listed(wrong)}"
@@ -95,12 +99,23 @@ def _store(model: nn.Layer, source: ExportSource, precision: Precision, *, slots
 
 def _compare(name: str, wanted: Array, have: Array, base: Array) -> list[str]:
     """What is wrong with a merged weight: nothing, or one sentence."""
-    change = float(np.abs(wanted.astype(np.float64) - base.astype(np.float64)).max(initial=0))
-    limit = _OF_WEIGHT * float(np.abs(wanted).max(initial=0)) + _OF_CHANGE * change
-    gap = float(np.abs(wanted.astype(np.float64) - have.astype(np.float64)).max(initial=0))
+    change, gap = _apart(wanted, base), _apart(wanted, have)
+    limit = (
+        _OF_WEIGHT * float(max(wanted.max(initial=0), -wanted.min(initial=0)))
+        + _OF_CHANGE * change
+    )
     if gap <= limit:
         return []
     return [f"{name}: off by {gap:.3g}, where the adapter changes it by {change:.3g}"]
+
+
+def _apart(one: Array, other: Array) -> float:
+    """The largest difference of two arrays, computed in float64; NaN where one of them has a NaN."""
+    gaps = [
+        np.abs(one[rows].astype(np.float64) - other[rows].astype(np.float64)).max(initial=0)
+        for rows in row_blocks(one.shape, np.dtype(np.float64).itemsize)
+    ]
+    return float(np.max(gaps, initial=0))
 
 
 def _put_behind_branch(layer: LoRALayer, stored: Array, *, slots: bool, dtype: str) -> None:
@@ -115,9 +130,12 @@ def _put_behind_branch(layer: LoRALayer, stored: Array, *, slots: bool, dtype: s
     from peft_deploy.adapters.arrays import assign, to_array
 
     if not slots:
-        split = layer.split_weight().astype(np.float64)
-        change = layer.merged_weight().astype(np.float64) - split
-        layer.load_split_weight((stored.astype(np.float64) - change).astype(np.float32))
+        split, merged = layer.split_weight(), layer.merged_weight()
+        apart = np.empty(split.shape, np.float32)
+        for rows in row_blocks(split.shape, np.dtype(np.float64).itemsize):
+            change = merged[rows].astype(np.float64) - split[rows].astype(np.float64)
+            apart[rows] = stored[rows].astype(np.float64) - change
+        layer.load_split_weight(apart)
         return
     layer.load_split_weight(stored)
     branch: Any = layer

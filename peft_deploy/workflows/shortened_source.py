@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 def shorten_source(source: ExportSource, base: BaseModel, layers: Sequence[int]) -> ExportSource:
     """What an export would be made of if the model had only these layers.
 
-    Adapters that stay apart from the weights, and prefixes, are left out.
+    Adapters that stay apart from the weights, and prefixes, are left out. The reference keeps its weights in
+    temporary files, and only those of the layer that is at work in memory.
 
     Args:
         source: of the whole model, read from folders.
@@ -39,13 +40,14 @@ def shorten_source(source: ExportSource, base: BaseModel, layers: Sequence[int])
 
     def load(progress: Progress, active: NamedAdapter | None) -> nn.Layer:
         from peft_deploy.base.dygraph import load_model
+        from peft_deploy.base.mapped import release_after_use
 
-        layer = load_model(short, progress=progress)
-        if active is None:
-            return layer
-        if active.adapter.pairs:
-            return with_adapter_read(layer, active.adapter)
-        _replace(layer, active.adapter)  # a LoRA model wants a LoRA layer
+        layer = load_model(short, progress=progress, mapped=True)
+        if active is not None and active.adapter.pairs:
+            layer = with_adapter_read(layer, active.adapter)
+        elif active is not None:
+            _replace(layer, active.adapter)  # a LoRA model wants a LoRA layer
+        release_after_use(layer)
         return layer
 
     return replace(

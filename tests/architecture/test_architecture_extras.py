@@ -26,6 +26,7 @@ NEED_PADDLE = (
     "peft_deploy.adapters.state_dict",
     "peft_deploy.adapters.wrapper",
     "peft_deploy.base.dygraph",
+    "peft_deploy.base.mapped",
     "peft_deploy.families.eager",
     "peft_deploy.families.eager_encoder",
     "peft_deploy.families.eager_encoder_decoder",

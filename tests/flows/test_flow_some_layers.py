@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 from flows_adapter import adapter_for
@@ -100,6 +101,59 @@ def test_a_graph_in_16_bits_is_taken_apart_like_any_other(
     options = ExportOptions(validate_layers=2, precision="fp16")
     result = peft_deploy.export(base, tmp_path / "out", adapter=adapter, options=options)
     assert result.parity is not None and result.parity.layers == CheckedLayers((0, 4), LAYERS)
+
+
+@pytest.fixture
+def everything_in_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("dygraph", "mapped"):
+        monkeypatch.setattr(f"peft_deploy.base.{module}.LEAST", 0)
+
+
+@pytest.mark.usefixtures("everything_in_files")
+def test_int4_passes_with_the_reference_s_weights_in_files(
+    base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    options = ExportOptions(validate_layers=2, precision="int4")
+    result = peft_deploy.export(base, tmp_path / "out", adapter=adapter, options=options)
+    assert result.parity is not None and result.parity.layers == CheckedLayers((0, 4), LAYERS)
+    name = "model.layers.4.mlp.down_proj.weight.scales"
+    broken = with_scaled_weight(result.output, tmp_path / "broken", name)
+    assert len(_failed(validate(broken, base, adapter=adapter, layers=2))) > 10
+
+
+def test_parameters_in_files_compute_and_change_like_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from peft_deploy.environment import require_paddle
+
+    require_paddle("a layer")
+    import paddle
+
+    from peft_deploy.adapters.arrays import assign, to_array
+    from peft_deploy.base.mapped import fill_mapped, release_after_use, release_pages
+
+    monkeypatch.setattr("peft_deploy.base.mapped.LEAST", 0)
+    rng = np.random.default_rng(0)
+    values, other = (rng.standard_normal((6, 4)).astype(np.float16) for _ in range(2))
+    layer = paddle.nn.Sequential(paddle.nn.Linear(4, 6))
+    weight = layer[0].weight
+    assert fill_mapped(weight, values.T, "float32")
+    release_after_use(layer)
+    for wanted in (values.T, other.T):
+        assign(weight, wanted)
+        for _ in range(2):
+            release_pages()
+            found = layer(paddle.eye(4)).numpy() - layer[0].bias.numpy()
+            np.testing.assert_allclose(found, wanted, rtol=1e-6)
+    np.testing.assert_array_equal(to_array(weight), other.T)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.warns(UserWarning, match=r"are kept in memory: .*No space left"):
+        assert not fill_mapped(weight, values.T, "float32")
+    np.testing.assert_array_equal(to_array(weight), other.T)
 
 
 def test_without_memory_for_the_whole_model_the_check_says_what_it_does_instead(
