@@ -59,7 +59,8 @@ class Manifest:
         format: ``onnx``, or ``paddle`` for Paddle's static format.
         precision: ``fp32``, ….
         context_length: the most tokens that the model can see, new ones included; None when that is not known.
-        base: where the base model came from: ``name``, ``layout`` and ``fingerprint``.
+        base: where the base model came from: ``name``, ``layout`` and ``fingerprint``, and where there are any,
+            ``unread``, the entries of its config.json that nobody reads (:mod:`~peft_deploy.families.unread`).
         adapters: one entry an adapter: ``name``, ``method``, ``mode`` (``merged``; ``runtime`` for one that is kept
             in ``adapters/``; ``prefix``), ``rank``, ``scaling``, ``targets`` (module names), ``fingerprint``.
         files: file name in the bundle → SHA-256 of its contents.

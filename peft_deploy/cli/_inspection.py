@@ -225,6 +225,7 @@ def _bundle(found: BundleInspection) -> RenderableType:
             f"{base.get('name')}, {base.get('layout')} layout, "
             f"fingerprint {str(base.get('fingerprint'))[:_SHORT]}",
         ),
+        *([("not read", ", ".join(unread))] if (unread := base.get("unread")) else []),
         ("adapters", "\n".join(_entry(entry) for entry in manifest.adapters) or "none"),
         *(("rounding", _rounding(e)) for e in manifest.adapters if "rounding" in e),
         ("slots", _slots(manifest.graph)),

@@ -35,6 +35,7 @@ from peft_deploy.families.past import (
 )
 from peft_deploy.families.pooling import Pooling
 from peft_deploy.families.registry import find_family, known_architectures, register
+from peft_deploy.families.unread import describe_unread, unread_entries
 
 __all__ = [
     "DecoderFamily",
@@ -51,6 +52,7 @@ __all__ = [
     "PastDims",
     "PastRule",
     "Pooling",
+    "describe_unread",
     "find_family",
     "find_packed",
     "find_past_rule",
@@ -60,4 +62,5 @@ __all__ = [
     "past_dims",
     "past_rule_of",
     "register",
+    "unread_entries",
 ]

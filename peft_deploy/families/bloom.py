@@ -65,6 +65,16 @@ class Bloom(DecoderFamily):
         ParallelRule("bloom.word_embeddings", "row", "vocab_size"),
     )
     paddle_config = "BloomConfig"
+    inert = frozenset(
+        {
+            "attention_softmax_in_fp32",
+            "masked_softmax_fusion",
+            "offset_alibi",
+            "skip_bias_add",
+            "skip_bias_add_qkv",
+            "slow_but_exact",
+        }
+    )
     _names = NameMap(
         [
             NameRule(f"bloom.{_EMBEDDING}", f"transformer.{_EMBEDDING}"),

@@ -85,6 +85,9 @@ class ChatGLM2(DecoderFamily):
     past_layout = "SBKD"
     lora_targets = tuple(rf".*{name.replace('.', '[.]')}" for name in _LINEARS)
     paddle_config = "ChatGLMv2Config"
+    inert = frozenset(
+        {"fp32_residual_connection", "original_rope", "prefix_projection", "tie_word_embeddings"}
+    )
 
     def names(self, config: Mapping[str, Any]) -> NameMap:
         """See :meth:`Family.names`."""

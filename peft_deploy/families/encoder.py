@@ -85,6 +85,7 @@ class EncoderFamily(Family):
         {"embedding", "sequence", "tokens", "answer", "masked"}
     )
     pooled: ClassVar[frozenset[Head]] = frozenset({"sequence"})
+    inert = frozenset({"tie_word_embeddings"})
     lora_targets = (
         r".*self_attn\.(q|k|v|out)_proj",
         r".*encoder\.layers\.\d+\.linear[12]",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from peft_deploy.errors import UnsupportedModelError
@@ -11,6 +11,33 @@ _REQUIRED = object()
 _TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 # Hugging Face's names of the one tanh form of GELU; its "gelu" is the erf form.
 TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
+
+
+class Entries(Mapping[str, Any]):
+    """Several configurations as one: of every key the first value that is not null; null is as if not there.
+
+    Unlike a merged ``dict`` it asks for nothing before it is asked, so that
+    :mod:`~peft_deploy.families.unread` can tell what was looked at.
+
+    Args:
+        layers: the first one counts most.
+    """
+
+    def __init__(self, *layers: Mapping[str, Any]) -> None:
+        self._layers = layers
+
+    def __getitem__(self, key: str) -> Any:
+        for layer in self._layers:
+            if (value := layer.get(key)) is not None:
+                return value
+        raise KeyError(key)
+
+    def __iter__(self) -> Iterator[str]:
+        keys = dict.fromkeys(key for layer in self._layers for key in layer)
+        return (key for key in keys if key in self)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 def entry(config: Mapping[str, Any], *keys: str, default: Any = _REQUIRED) -> Any:

@@ -46,6 +46,8 @@ class Family(ABC):
         lora_targets: regular expressions for the linear layers that LoRA adapts by default.
         parallel_rules: how PaddleNLP spreads the layers over tensor-parallel ranks; empty when that is not known.
         paddle_config: PaddleNLP's configuration class, by name in ``paddlenlp.transformers``.
+        inert: entries of config.json that change nothing that is computed, beyond those of any family
+            (:mod:`~peft_deploy.families.unread`), or nothing where the family does not ask for them.
         genai_type: onnxruntime-genai's name of the family; None for models that it does not run. ``"decoder"`` is
             any decoder whose graph has the usual inputs.
     """
@@ -55,6 +57,7 @@ class Family(ABC):
     lora_targets: ClassVar[tuple[str, ...]]
     parallel_rules: ClassVar[tuple[ParallelRule, ...]] = ()
     paddle_config: ClassVar[str]
+    inert: ClassVar[frozenset[str]] = frozenset()
     genai_type: ClassVar[str | None] = None
 
     def paddle_model(self, config: Mapping[str, Any]) -> str:

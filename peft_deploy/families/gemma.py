@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from peft_deploy.families.entries import Entries
 from peft_deploy.families.registry import register
 from peft_deploy.families.rotary_decoder import RotaryDecoder, rotary_parallel_rules
 
@@ -31,6 +32,9 @@ class Gemma(RotaryDecoder):
         "tie_word_embeddings": True,
     }
     own_head_dim = True
+    inert = RotaryDecoder.inert | {
+        "hidden_act"
+    }  # where hidden_activation is there, which goes before it
     activation = "gelu"
     activations = ("gelu", "gelu_pytorch_tanh", "gelu_new", "gelu_fast")
     parallel_rules = rotary_parallel_rules("gemma")
@@ -80,5 +84,4 @@ class Gemma(RotaryDecoder):
             return super().run_eagerly(model, feeds, signature)
 
     def _refuse(self, entries: Mapping[str, Any]) -> None:
-        named = entries.get("hidden_activation")
-        super()._refuse({**entries, **({"hidden_act": named} if named else {})})
+        super()._refuse(Entries({"hidden_act": entries.get("hidden_activation")}, entries))

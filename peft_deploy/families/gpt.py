@@ -75,6 +75,16 @@ class GPT(DecoderFamily):
         ParallelRule("gpt.embeddings.word_embeddings", "row", "vocab_size"),
     )
     paddle_config = "GPTConfig"
+    inert = frozenset(
+        {
+            "fused_softmax_with_triangular",
+            "n_ctx",
+            "reorder_and_upcast_attn",
+            "seq_length",
+            "type_vocab_size",
+            "use_dualpipev",
+        }
+    )
 
     def names(self, config: Mapping[str, Any]) -> NameMap:
         """See :meth:`Family.names`.

@@ -66,6 +66,7 @@ class OPT(DecoderFamily):
         ParallelRule("opt.embeddings.word_embeddings", "row", "vocab_size"),
     )
     paddle_config = "OPTConfig"
+    inert = frozenset({"type_vocab_size"})
 
     def names(self, config: Mapping[str, Any]) -> NameMap:
         """See :meth:`Family.names`."""

@@ -68,6 +68,7 @@ class Qwen(DecoderFamily):
     past_layout = "BSKD"
     lora_targets = tuple(rf".*{name.replace('.', '[.]')}" for name in _LINEARS)
     paddle_config = "QWenConfig"
+    inert = frozenset({"bf16", "fp16", "fp32", "softmax_in_fp32", "use_cache_kernel"})
 
     def names(self, config: Mapping[str, Any]) -> NameMap:
         """See :meth:`Family.names`."""

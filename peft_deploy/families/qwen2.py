@@ -17,6 +17,8 @@ class Qwen2(RotaryDecoder):
     genai_type = "qwen2"
     architectures = {"Qwen2ForCausalLM": "Qwen2ForCausalLM"}
     paddle_config = "Qwen2Config"
+    # The window is asked for by use_sliding_window alone.
+    inert = RotaryDecoder.inert | {"sliding_window", "max_window_layers", "layer_types"}
     body = "qwen2"
     reference = "PaddleNLP's Qwen2"
     defaults = {"max_position_embeddings": 32768, "num_key_value_heads": 32}

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from peft_deploy.errors import CheckpointError, UnsupportedModelError
+from peft_deploy.families.entries import Entries
 
 _ROPE_PARAMETERS = "rope_parameters"  # where transformers 5 keeps theta and scaling together
 _NOT_SCALING = ("rope_theta", "partial_rotary_factor")
@@ -41,8 +42,8 @@ def plain_rope(config: Mapping[str, Any], reference: str) -> Mapping[str, Any]:
     if not rope:
         return config
     scaling = {key: value for key, value in rope.items() if key not in _NOT_SCALING}
-    theta = {"rope_theta": rope["rope_theta"]} if rope.get("rope_theta") is not None else {}
-    return {**config, **theta, "rope_scaling": scaling or config.get("rope_scaling")}
+    own = {"rope_theta": rope.get("rope_theta"), "rope_scaling": scaling or None}
+    return Entries(own, config)
 
 
 def scaling_kind(config: Mapping[str, Any]) -> str | None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from peft_deploy.errors import UnsupportedModelError
-from peft_deploy.families.entries import refuse_set
+from peft_deploy.families.entries import Entries, refuse_set
 from peft_deploy.families.family import DecoderFamily, ModelDims
 from peft_deploy.families.names import NameMap, NameRule
 from peft_deploy.families.packing import PackRule
@@ -91,6 +91,9 @@ class RotaryDecoder(DecoderFamily):
     activation: ClassVar[str] = "silu"
     own_head_dim: ClassVar[bool] = False
     past_layout = "BSKD"
+    inert = frozenset(
+        {"is_llama_config", "max_sequence_length", "rope_scaling_factor", "seq_length"}
+    )
     lora_targets = (
         r".*self_attn\.(q|k|v|qkv|o)_proj",
         r".*mlp\.(gate|up|gate_up_fused|down)_proj",
@@ -98,9 +101,11 @@ class RotaryDecoder(DecoderFamily):
 
     def entries(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """The configuration with what it takes for granted, rotary positions spelled the older way."""
-        # Without kv heads of its own a model has as many as heads; the key that is left out means the default.
-        given = {k: v for k, v in config.items() if v is not None or k == "num_key_value_heads"}
-        return plain_rope({**_DEFAULTS, **self.defaults, **given}, self.reference)
+        defaults = {**_DEFAULTS, **self.defaults}
+        if "num_key_value_heads" in config:
+            # Null there means as many as there are heads; the key that is left out means the default.
+            defaults["num_key_value_heads"] = config.get("num_attention_heads")
+        return plain_rope(Entries(config, defaults), self.reference)
 
     def rope_arguments(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Rope scaling in PaddleNLP's words; by default none is computed."""

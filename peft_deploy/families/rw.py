@@ -65,6 +65,7 @@ class Falcon(DecoderFamily):
     past_layout = "BKSD"  # once the first two axes are told apart
     lora_targets = tuple(rf".*{name.replace('.', '[.]')}" for name in _LINEARS)
     paddle_config = "RWConfig"
+    inert = frozenset({"num_kv_heads"})
 
     def names(self, config: Mapping[str, Any]) -> NameMap:
         """See :meth:`Family.names`."""

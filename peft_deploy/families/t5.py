@@ -43,6 +43,7 @@ class T5(EncoderDecoderFamily):
     architectures = {"T5ForConditionalGeneration": "T5ForConditionalGeneration"}
     lora_targets = (r".*Attention\.(q|k|v|o)", r".*DenseReluDense\.(wi|wi_0|wi_1|wo)")
     paddle_config = "T5Config"
+    inert = frozenset({"dense_act_fn", "is_gated_act"})
 
     def names(self, config: Mapping[str, Any]) -> T5Names:
         """See :meth:`Family.names`."""

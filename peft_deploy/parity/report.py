@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from peft_deploy.parity.case_result import CaseResult, OutputResult
@@ -93,6 +93,10 @@ class ParityReport:
         """The case and the output that take up most of their limit."""
         found = [(case, *case.worst) for case in self.cases if case.worst is not None]
         return max(found, key=lambda item: item[2].used, default=None)
+
+    def with_warnings(self, sentences: Sequence[str]) -> ParityReport:
+        """The same report with more that a reader has to know."""
+        return replace(self, warnings=[*self.warnings, *sentences]) if sentences else self
 
     def summary(self) -> str:
         """One sentence: whether it passed, over how much, and how near to its limit."""

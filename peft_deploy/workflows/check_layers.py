@@ -25,7 +25,7 @@ from peft_deploy.workflows.check_bundle import check_bundle
 from peft_deploy.workflows.check_extras import CheckExtras
 from peft_deploy.workflows.rounded_reference import load_stored
 from peft_deploy.workflows.shortened_source import shorten_source
-from peft_deploy.workflows.sources import ExportSource
+from peft_deploy.workflows.sources import MEMORY, ExportSource
 
 CASE = "structure of the layers"  # in a report
 _LEAST, _MOST = 2, 4  # layers that are checked when nobody says how many
@@ -149,7 +149,7 @@ def _inseparable(source: ExportSource, manifest: Manifest) -> str | None:
         )
     if isinstance(source.family, EncoderDecoderFamily):
         return "the bundle has two graphs"
-    if source.layout == "memory":
+    if source.layout == MEMORY:
         return "the model is in memory already"
     return None
 

@@ -12,7 +12,7 @@ from peft_deploy.config.export import RUNTIME, ExportOptions
 from peft_deploy.config.layer_signature import LayerSignature
 from peft_deploy.signature import GraphSignature
 from peft_deploy.workflows.kept_adapters import planned_slots
-from peft_deploy.workflows.sources import EXPORT_DTYPE, ExportSource, NamedAdapter
+from peft_deploy.workflows.sources import EXPORT_DTYPE, MEMORY, ExportSource, NamedAdapter
 from peft_deploy.workflows.storage import written_parts
 
 if TYPE_CHECKING:
@@ -58,7 +58,12 @@ def describe(
         format=options.format,
         precision=options.precision,
         context_length=source.family.context_length(source.config),
-        base={"name": source.name, "layout": source.layout, "fingerprint": fingerprint},
+        base={
+            "name": source.name,
+            "layout": source.layout,
+            "fingerprint": fingerprint,
+            **({"unread": source.unread} if source.unread else {}),
+        },
         adapters=[
             *([_merged_entry(source.adapter, shares, options)] if source.adapter else []),
             *(_adapter_entry(named, RUNTIME) for named in source.kept),
@@ -103,7 +108,7 @@ def describe_layer(
         opset=_opset(converted),
         format=options.format,
         precision=options.precision,
-        base={"name": names[0], "layout": "memory", "fingerprint": fingerprint},
+        base={"name": names[0], "layout": MEMORY, "fingerprint": fingerprint},
         adapters=[] if adapter is None else [_adapter_entry(adapter, "merged")],
         files=hashes,
         graph=graph,

@@ -211,7 +211,7 @@ def _source(
     check_bank(source, options.adapter_bank)
     if options.prefix_slots:
         check_takes_prefixes(source)
-    for remark in source.family.remarks(source.config):
+    for remark in (*source.family.remarks(source.config), *source.limits_of_check):
         warnings.warn(remark, stacklevel=3)
     return source
 
@@ -264,6 +264,7 @@ def _validate(
         report = check_adapters(report, folder.path, source, progress=clock, extras=extras)
         if known:
             report = add_loss(report, known[0], folder.path)
+    report = report.with_warnings(source.limits_of_check)
     if options.record_reference and report.passed:
         manifest = keep_recordings(folder, manifest, report, extras.recordings)
     manifest = replace(manifest, parity=report.to_dict())

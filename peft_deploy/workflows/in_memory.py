@@ -17,7 +17,7 @@ from peft_deploy.errors import AdapterError, ConfigError
 from peft_deploy.families import Family, find_family
 from peft_deploy.families.standins.parameters import unique_parameters
 from peft_deploy.weights import Array, TensorInfo, fingerprint
-from peft_deploy.workflows.sources import ExportSource, NamedAdapter
+from peft_deploy.workflows.sources import MEMORY, ExportSource, NamedAdapter
 
 
 class MemoryTensors:
@@ -110,7 +110,7 @@ def from_memory(
         config=config,
         family=family,
         tensors=tensors,
-        layout="memory",
+        layout=MEMORY,
         fingerprint=lambda: fingerprint(tensors),
         adapter=None if keep else named,
         check=lambda _expected: None,  # they are the model's own

@@ -12,6 +12,7 @@ from peft_deploy.bundle import BundleFolder, Manifest
 from peft_deploy.bundle.folder import sha256
 from peft_deploy.config.export import RUNTIME
 from peft_deploy.errors import BundleError, listed
+from peft_deploy.families import describe_unread
 from peft_deploy.parity.gate import check_expectation
 from peft_deploy.parity.recording import (
     FOLDER,
@@ -127,7 +128,9 @@ def check_recorded(
         )
         for recording in recordings
     }
-    return replace(reports.pop(""), parts=reports)
+    whole = replace(reports.pop(""), parts=reports)
+    unread = manifest.base.get("unread", {})
+    return whole.with_warnings(describe_unread(unread, manifest.architecture))
 
 
 def _runners(folder: Path, manifest: Manifest, provider: str) -> Mapping[str, Runner]:

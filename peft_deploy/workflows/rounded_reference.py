@@ -19,7 +19,7 @@ from peft_deploy.progress import Progress
 from peft_deploy.weights.blocks import row_blocks
 from peft_deploy.weights.cast import round_to
 from peft_deploy.weights.source import DTYPES, Array
-from peft_deploy.workflows.sources import EXPORT_DTYPE, ExportSource, NamedAdapter
+from peft_deploy.workflows.sources import EXPORT_DTYPE, MEMORY, ExportSource, NamedAdapter
 from peft_deploy.workflows.storage import decoded
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def load_stored(
     )
     if precision == FP32:
         return model
-    if source.layout == "memory":
+    if source.layout == MEMORY:
         model = copy.deepcopy(model)  # the user's own
     if before is not None:
         progress.phase("Reading a text in float32")

@@ -12,7 +12,7 @@ from peft_deploy.adapters.formats import Adapter
 from peft_deploy.adapters.formats.detect import AdapterFormat, detect, read_lora
 from peft_deploy.base import BaseModel, open_base
 from peft_deploy.errors import ConfigError
-from peft_deploy.families import Family
+from peft_deploy.families import Family, describe_unread, unread_entries
 from peft_deploy.progress import Progress
 from peft_deploy.weights import (
     AdapterTensors,
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 
 Adapters = str | Path | Sequence[str | Path] | None
+MEMORY = "memory"  # the layout of a model that is in no file
 EXPORT_DTYPE = "float32"  # of the weights and the arithmetic in a bundle
 
 
@@ -75,6 +76,19 @@ class ExportSource:
     companions: list[Path] = field(default_factory=list)
     prefixes: tuple[NamedPrefix, ...] = ()
     kept: tuple[NamedAdapter, ...] = ()
+
+    @property
+    def unread(self) -> dict[str, Any]:
+        """Entries of config.json that may mean something and that nobody reads.
+
+        What a model in memory computes does not depend on what else its configuration says.
+        """
+        return {} if self.layout == MEMORY else unread_entries(self.family, self.config)
+
+    @property
+    def limits_of_check(self) -> list[str]:
+        """What no check of the bundle can show, a sentence each."""
+        return describe_unread(self.unread, self.family.paddle_model(self.config))
 
     def merged(
         self, dtype: str, losses: MutableMapping[str, RoundingLoss] | None = None

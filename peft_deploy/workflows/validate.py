@@ -123,7 +123,8 @@ def validate(
             extras=extras,
         )
         report = check_weights(report, folder, source, progress=progress)
-        return searched_in_layers(report, folder, source, base, extras, progress=progress)
+        report = searched_in_layers(report, folder, source, base, extras, progress=progress)
+        return report.with_warnings(source.limits_of_check)
     known: list[KnownText] = []
     model = load_stored(
         source,
@@ -147,7 +148,9 @@ def validate(
     report = check_prefixes(report, folder, model, source, **options)
     del model  # the check of an adapter loads a model of its own
     report = check_adapters(report, folder, source, **options)
-    return add_loss(report, known[0], folder, provider=provider) if known else report
+    if known:
+        report = add_loss(report, known[0], folder, provider=provider)
+    return report.with_warnings(source.limits_of_check)
 
 
 def _check_recorded_options(
