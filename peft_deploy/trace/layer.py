@@ -15,7 +15,7 @@ import paddle
 from paddle import Tensor, nn
 
 from peft_deploy.config.layer_signature import LayerSignature
-from peft_deploy.errors import ConfigError, TraceError, listed
+from peft_deploy.errors import ConfigError, TraceError, listed, nearest
 from peft_deploy.families.standins import ScopeTrace
 from peft_deploy.signature import GraphSignature, TensorSpec
 from peft_deploy.trace.program import TracedProgram, static_program, used_variables
@@ -35,8 +35,7 @@ def trace_layer(layer: nn.Layer, signature: LayerSignature) -> TracedProgram:
         are called after the output and the axis. Buffers are among the parameters.
 
     Raises:
-        ConfigError: weights of another type than float32, or input names that only partly are the names of the
-            forward's arguments.
+        ConfigError: weights of another type than float32, or input names that the forward's arguments do not have.
         TraceError: Paddle could not trace it, or an input has no part in any output.
     """
     _check_types(layer)
@@ -89,23 +88,33 @@ def call_layer(
 
 
 def takes_names(layer: nn.Layer, signature: LayerSignature) -> bool:
-    """Whether the inputs are passed by name: where all of them are names of the forward's arguments.
+    """Whether the inputs are passed by name: unless the forward's arguments have none (``*args``, or ``/``).
 
     Raises:
-        ConfigError: only some are, so that by position one could be taken for another.
+        ConfigError: an input goes by another name than all of the forward's arguments. It is not passed by position
+            then, as it could be taken for another one of the same shape.
     """
     parameters = inspect.signature(layer.forward).parameters.values()
-    known = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    names = {spec.name for spec in signature.inputs}
-    if names <= known:
+    kinds = {p.name: p.kind for p in parameters}
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    known = [name for name, kind in kinds.items() if kind in named]
+    unknown = [spec.name for spec in signature.inputs if spec.name not in known]
+    close = {name: found[0] for name in unknown if (found := nearest(name, known))}
+    if (
+        inspect.Parameter.VAR_KEYWORD in kinds.values()
+    ):  # takes any other name, but not a slip of the pen
+        unknown = list(close)
+    if not unknown:
         return True
-    if names & known:
-        raise ConfigError(
-            f"{type(layer).__name__}.forward has arguments called {', '.join(sorted(names & known))}, and none called "
-            f"{', '.join(sorted(names - known))}; it takes {', '.join(sorted(known))}",
-            hint="call all inputs as the forward does, or none of them, to pass them by position",
-        )
-    return False
+    unnamed = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY)
+    if len(unknown) == len(signature.inputs) and any(kind in unnamed for kind in kinds.values()):
+        return False
+    raise ConfigError(
+        f"the signature has the input {', '.join(unknown)}, and {type(layer).__name__}.forward has no such argument; "
+        f"it takes {', '.join(known) or 'none by name'}",
+        hint=", ".join(f"{name}: did you mean {meant}?" for name, meant in close.items())
+        or "call every input as the forward calls its argument",
+    )
 
 
 @paddle.jit.not_to_static  # type: ignore[untyped-decorator]

@@ -13,7 +13,6 @@ from peft_deploy.bundle import Manifest
 from peft_deploy.bundle.adapter_bank import bank_capacity
 from peft_deploy.bundle.adapter_files import adapter_path
 from peft_deploy.config.export import RUNTIME
-from peft_deploy.errors import AdapterError
 from peft_deploy.parity.bisect import Activation
 from peft_deploy.parity.case_result import CaseResult
 from peft_deploy.parity.report import ParityReport
@@ -26,7 +25,7 @@ from peft_deploy.workflows.bisect import searched
 from peft_deploy.workflows.check_extras import CheckExtras
 from peft_deploy.workflows.kept_adapters import kept_tensors
 from peft_deploy.workflows.rounded_reference import load_stored
-from peft_deploy.workflows.sources import ExportSource, NamedAdapter
+from peft_deploy.workflows.sources import ExportSource, Mismatch, NamedAdapter
 
 PART = "adapter {}"  # of a report
 _PROBE = 16  # tokens
@@ -169,27 +168,23 @@ def _compare_off(before: Mapping[str, Array], after: Mapping[str, Array]) -> Cas
     return CaseResult(group, group, f"batch 1, {_PROBE} tokens", problem=problem)
 
 
-def check_adapter_origin(manifest: Manifest, source: ExportSource) -> None:
-    """Passes when the adapters that were given are among those that a bundle keeps.
-
-    Raises:
-        AdapterError: the bundle has none of that name, or another one.
-    """
+def adapter_mismatches(manifest: Manifest, source: ExportSource) -> list[Mismatch]:
+    """Where the adapters that were given are not among those that a bundle keeps apart from its weights."""
     recorded = {
         entry["name"]: entry["fingerprint"]
         for entry in manifest.adapters
         if entry.get("mode") == RUNTIME
     }
+    found: list[Mismatch] = []
     for named in source.kept:
+        given = named.adapter.fingerprint
         if named.name not in recorded:
-            raise AdapterError(
-                f"the bundle keeps no adapter {named.name}; it has {', '.join(recorded)}",
-                hint="name it as the bundle does: --adapter NAME=DIR",
+            said = f"the bundle keeps no adapter {named.name}; it has {', '.join(recorded)}"
+            found.append((said, "name each as the bundle does: --adapter NAME=DIR"))
+        elif recorded[named.name] != given:
+            said = (
+                f"the bundle's adapter {named.name} has the fingerprint {recorded[named.name][:12]}; the one that was "
+                f"given has {given[:12]}"
             )
-        known, given = recorded[named.name], named.adapter.fingerprint
-        if known != given:
-            raise AdapterError(
-                f"the bundle's adapter {named.name} has the fingerprint {known[:12]}; the one that was given has "
-                f"{given[:12]}",
-                hint="give the very adapter that the bundle was exported with",
-            )
+            found.append((said, "give the very adapter that the bundle was exported with"))
+    return found

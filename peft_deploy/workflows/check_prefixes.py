@@ -11,7 +11,6 @@ from peft_deploy.adapters.formats.onnx_file import read_onnx_file
 from peft_deploy.bundle import Manifest
 from peft_deploy.bundle.adapter_files import adapter_path
 from peft_deploy.bundle.prefixes import prefix_path, read_prefix_file
-from peft_deploy.errors import AdapterError
 from peft_deploy.parity.bisect import Activation
 from peft_deploy.parity.prefixed import PrefixedRunner
 from peft_deploy.parity.report import ParityReport
@@ -23,7 +22,7 @@ from peft_deploy.signature import POSITION_IDS
 from peft_deploy.workflows.bisect import searched
 from peft_deploy.workflows.check_extras import CheckExtras
 from peft_deploy.workflows.prefixes import NamedPrefix, prefix_entries
-from peft_deploy.workflows.sources import ExportSource
+from peft_deploy.workflows.sources import ExportSource, Mismatch
 
 IN_SLOTS = " in slots"  # at the end of a report's title
 
@@ -139,29 +138,33 @@ def _reference(model: nn.Layer, named: NamedPrefix, source: ExportSource) -> Pre
     return reference
 
 
-def check_prefix_origin(manifest: Manifest, source: ExportSource) -> None:
-    """Passes when a bundle has exactly these prefixes.
-
-    Raises:
-        AdapterError: one is missing on either side, or is another one than that of its name.
-    """
+def prefix_mismatches(manifest: Manifest, source: ExportSource) -> list[Mismatch]:
+    """Where the prefixes that were given are not exactly those of a bundle."""
     recorded = {entry["name"]: entry["fingerprint"] for entry in prefix_entries(manifest.adapters)}
     given = {named.name: named.adapter.fingerprint for named in source.prefixes}
-    for name, fingerprint in given.items():
-        if name not in recorded:
-            known = ", ".join(recorded) or "none"
-            raise AdapterError(
-                f"the bundle has no prefix {name}; its prefixes: {known}",
-                hint="name it as the bundle does: --adapter NAME=DIR" if recorded else None,
-            )
-        if recorded[name] != fingerprint:
-            raise AdapterError(
+    known = ", ".join(recorded) or "none"
+    by_name = "name each as the bundle does: --adapter NAME=DIR" if recorded else "leave it out"
+    return [
+        *(
+            (f"the bundle has no prefix {name}; its prefixes: {known}", by_name)
+            for name in given
+            if name not in recorded
+        ),
+        *(
+            (
                 f"the bundle's prefix {name} has the fingerprint {recorded[name][:12]}; the one that was given has "
-                f"{fingerprint[:12]}",
-                hint="give the very prefix that the bundle was exported with",
+                f"{given[name][:12]}",
+                "give the very prefix that the bundle was exported with",
             )
-    if missing := recorded.keys() - given.keys():
-        raise AdapterError(
-            f"the bundle has the prefix {', '.join(sorted(missing))}, which was not given",
-            hint="add --adapter NAME=DIR with its folder",
-        )
+            for name in given
+            if name in recorded and given[name] != recorded[name]
+        ),
+        *(
+            (
+                f"the bundle has the prefix {name}, which was not given",
+                "add --adapter NAME=DIR with its folder",
+            )
+            for name in recorded
+            if name not in given
+        ),
+    ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -62,12 +62,26 @@ def check_weights(
     size = 0
     for part in parts:
         place = folder / part.folder
-        stored, facts = _stored(place, manifest.format), _graph_facts(manifest, part)
+        stored, facts = stored_tensors(place, manifest.format), _graph_facts(manifest, part)
         names = names_in_bundle(manifest, source, part)
-        found = _compare(stored, part.tensors, names, _summed(source, part), progress)
-        found |= _wrong_tables(stored, facts.get(TABLES, {}))
+        found = wrong_weights(stored, part.tensors, names.items(), _summed(source, part), progress)
+        found |= wrong_tables(stored, facts.get(TABLES, {}))
         wrong |= {(Path(part.folder) / name).as_posix(): text for name, text in found.items()}
         size += sum(tensor.length for tensor in stored.values())
+    return with_weights(report, wrong, count, size)
+
+
+def with_weights(
+    report: ParityReport, wrong: Mapping[str, str], count: int, size: int
+) -> ParityReport:
+    """The report with a case that says which weights are wrong.
+
+    Args:
+        report: of the other cases.
+        wrong: weight → what is wrong with it.
+        count: how many were compared.
+        size: of all of them, in bytes.
+    """
     problem = None
     if wrong:
         lines = listed(f"{name}: {text}" for name, text in wrong.items())
@@ -98,7 +112,9 @@ def names_in_bundle(manifest: Manifest, source: ExportSource, part: GraphPart) -
         part: one of :func:`parts_of`.
     """
     renamed = _graph_facts(manifest, part).get(RENAMED, {})
-    return _names(source, part, manifest.format) | {tensor: n for n, tensor in renamed.items()}
+    return written_names(source, part, manifest.format) | {
+        tensor: n for n, tensor in renamed.items()
+    }
 
 
 def _graph_facts(manifest: Manifest, part: GraphPart) -> Mapping[str, Any]:
@@ -108,14 +124,23 @@ def _graph_facts(manifest: Manifest, part: GraphPart) -> Mapping[str, Any]:
     return {} if manifest.encoder is None else manifest.encoder.graph
 
 
-def _stored(place: Path, format: str) -> Mapping[str, FileTensor]:
+def stored_tensors(place: Path, format: str) -> Mapping[str, FileTensor]:
+    """Name → place of everything that is stored beside a graph, or in it.
+
+    Args:
+        place: the graph's folder.
+        format: of the bundle.
+
+    Raises:
+        BundleError: the graph cannot be read, or does not belong to the file of weights.
+    """
     if format == ONNX:
         return stored_in_onnx(place / MODEL)
     return stored_in_paddle(place / PROGRAM, place / PARAMS)
 
 
-def _names(source: ExportSource, part: GraphPart, format: str) -> dict[str, str]:
-    """Parameter → what a bundle calls it."""
+def written_names(source: ExportSource, part: GraphPart, format: str) -> dict[str, str]:
+    """Parameter → what an export calls it in a bundle, unless :func:`file_facts` says otherwise."""
     names = source.family.names(source.config)
     mapped = {parameter: names.to_huggingface(parameter) for parameter in part.tensors.names()}
     own = {p: m.name if m and format == ONNX else p for p, m in mapped.items()}
@@ -133,16 +158,24 @@ def _summed(source: ExportSource, part: GraphPart) -> frozenset[str]:
     return frozenset(changed | (set(part.tensors.names()) - kept - quantized))
 
 
-def _compare(
+def wrong_weights(
     stored: Mapping[str, FileTensor],
     tensors: TensorSource,
-    names: Mapping[str, str],
+    names: Iterable[tuple[str, str]],
     summed: frozenset[str],
     progress: Progress,
 ) -> dict[str, str]:
-    """Weight → what is wrong with it."""
+    """Weight → what is wrong with it.
+
+    Args:
+        stored: what the bundle has.
+        tensors: what an export would write.
+        names: pairs of a tensor and what the bundle calls it.
+        summed: tensors whose last bits depend on the processor.
+        progress: is told of every tensor.
+    """
     wrong: dict[str, str] = {}
-    for parameter, name in names.items():
+    for parameter, name in names:
         if name not in stored:
             wrong[name] = "it is not there"
         else:
@@ -156,14 +189,13 @@ def _compare(
 
 
 def file_facts(
-    place: Path, source: ExportSource, part: GraphPart, format: str, file: WeightFile
+    place: Path, names: Mapping[str, str], format: str, file: WeightFile
 ) -> dict[str, Any]:
     """What the manifest has to say of a graph's files, so that they can be compared later.
 
     Args:
         place: folder of the graph, complete.
-        source: what it was made of.
-        part: which of the model's graphs it is.
+        names: tensor → what it is usually called in a bundle (:func:`written_names`).
         format: of the bundle.
         file: that its weights were written to.
 
@@ -171,10 +203,9 @@ def file_facts(
         The hashes of everything beside the graph that is no weight of the model's, and the names of weights that do
         not follow from those of their tensors.
     """
-    names = _names(source, part, format)
     origins = {file.placements[tensor].offset: tensor for tensor in names}
     tables, renamed = dict[str, str](), dict[str, str]()
-    for name, tensor in _stored(place, format).items():
+    for name, tensor in stored_tensors(place, format).items():
         origin = None if tensor.content is not None else origins.get(tensor.offset)
         if origin is not None and file.placements[origin].shape != tensor.shape:
             origin = None  # the same bytes, read in another shape
@@ -185,7 +216,7 @@ def file_facts(
     return {TABLES: tables} | ({RENAMED: renamed} if renamed else {})
 
 
-def _wrong_tables(stored: Mapping[str, FileTensor], tables: Mapping[str, str]) -> dict[str, str]:
+def wrong_tables(stored: Mapping[str, FileTensor], tables: Mapping[str, str]) -> dict[str, str]:
     """What the checkpoint does not have is held to what the export wrote."""
     wrong: dict[str, str] = {}
     for name, known in tables.items():

@@ -81,10 +81,11 @@ def fill_bundle(
             for one, file, part in zip(made, files, parts, strict=True)
         ]
     # Here and not above, for the same reason as below: what it imports would keep the child waiting.
-    from peft_deploy.workflows.check_weights import file_facts
+    from peft_deploy.workflows.check_weights import file_facts, written_names
 
     for facts, part, file in zip(graphs, parts, files, strict=True):
-        facts |= file_facts(folder.path / part.folder, source, part, options.format, file)
+        own = written_names(source, part, options.format)
+        facts |= file_facts(folder.path / part.folder, own, options.format, file)
     graph, *others = graphs
     _write_configs(folder, source, generation, ends, options.format)
     graph = write_kept(folder, source, graph, fingerprint)

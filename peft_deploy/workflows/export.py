@@ -159,7 +159,7 @@ def _export_layer(
     from peft_deploy.workflows.export_layer import export_layer
     from peft_deploy.workflows.layer_source import check_layer_options, layer_source, plan_layer
 
-    check_layer_options(options, adapter)
+    check_layer_options(options, adapter, base)
     source = layer_source(base, signature, adapter, tokenizer, clock)
     if options.dry_run:
         return None, None, plan_layer(source)

@@ -34,6 +34,8 @@ from peft_deploy.runtime import open_runner
 from peft_deploy.signature import GraphSignature
 from peft_deploy.trace.layer import trace_layer, weights_of
 from peft_deploy.trace.program import TracedProgram
+from peft_deploy.workflows.check_layer_weights import check_layer_weights
+from peft_deploy.workflows.check_weights import file_facts
 from peft_deploy.workflows.contents import weight_file
 from peft_deploy.workflows.description import describe_layer, unfused_warning
 from peft_deploy.workflows.layer_source import LayerSource, LayerTensors
@@ -77,6 +79,8 @@ def export_layer(
         converted = job.result(clock.phase)
         clock.phase("Finishing the graph")
         graph = _finish(converted, signature, file, options)
+    own = {name: name for name in tensors.names()}
+    graph |= file_facts(folder.path, own, options.format, file)
     if warning := unfused_warning(options, graph):
         warnings.warn(warning, stacklevel=4)
     for path in source.companions:
@@ -122,13 +126,14 @@ def check_bundle_of_layer(
     """
     runner = open_runner(folder, provider=provider)
     reference = LayerReference(source.layer, source.signature, runner.signature)
-    return check_layer(
+    report = check_layer(
         reference,
         runner,
         cases or draw_cases(source.signature, seed),
         options=CheckOptions(seed=seed, provider=provider),
         progress=progress,
     )
+    return check_layer_weights(report, folder, source, progress=progress)
 
 
 def _trace(

@@ -5,6 +5,7 @@ Needs Paddle. Such a model is held in memory as a whole: nothing is known of it 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,11 +19,13 @@ from peft_deploy.adapters.lora import LoRAModel
 from peft_deploy.adapters.lora.trainable import is_branch
 from peft_deploy.adapters.lora.views import adapter_of, base_value, is_disabled, merged_value
 from peft_deploy.base import BaseModel
-from peft_deploy.base.folder import companions_in
+from peft_deploy.base.folder import CONFIG, companions_in
 from peft_deploy.config.export import ExportOptions
+from peft_deploy.config.json_file import read_object
 from peft_deploy.config.layer_signature import LayerSignature
 from peft_deploy.config.precision import FP32
-from peft_deploy.errors import AdapterError, ConfigError
+from peft_deploy.errors import AdapterError, CheckpointError, ConfigError, UnsupportedModelError
+from peft_deploy.families import find_family
 from peft_deploy.progress import Progress
 from peft_deploy.trace.layer import weights_of
 from peft_deploy.weights import Array, TensorInfo, fingerprint
@@ -110,6 +113,25 @@ class LayerTensors:
         return self._read(self._adapted, name)
 
 
+def claimed_as(base: str | Path | BaseModel | nn.Layer) -> str | None:
+    """PaddleNLP's class of a model that some family knows after all; None for any other.
+
+    Args:
+        base: as for :func:`layer_source`.
+    """
+    if isinstance(base, nn.Layer):
+        inner = base.model if isinstance(base, LoRAModel) else base
+        config: dict[str, Any] = {"architectures": [type(inner).__name__]}
+    else:
+        folder = base.path if isinstance(base, BaseModel) else Path(base).expanduser()
+        path = folder / CONFIG
+        config = read_object(path, CheckpointError) if path.is_file() else {}
+    try:
+        return find_family(config).paddle_model(config)
+    except UnsupportedModelError:
+        return None
+
+
 def layer_source(
     base: str | Path | BaseModel | nn.Layer,
     signature: LayerSignature | str | Path | dict[str, Any],
@@ -131,6 +153,13 @@ def layer_source(
         CheckpointError, AdapterError, UnsupportedModelError: what is wrong with the folders.
     """
     said = layer_signature(signature)
+    if known := claimed_as(base):
+        warnings.warn(
+            f"{known} is a model that is known, and --signature exports it by its own forward all the same: without a "
+            "cache and what belongs to it, and checked with random inputs only; leave --signature out unless it "
+            "is that what you want",
+            stacklevel=4,
+        )
     given = given_adapters(adapter)
     if isinstance(base, nn.Layer):
         if given:
@@ -148,8 +177,15 @@ def layer_source(
     return LayerSource(layer, said, folder.resolve().name, name, companions_in(folder))
 
 
-def check_layer_options(options: ExportOptions, adapter: Adapters) -> None:
+def check_layer_options(
+    options: ExportOptions, adapter: Adapters, base: str | Path | BaseModel | nn.Layer
+) -> None:
     """Passes when the options can be had for a model that no family knows.
+
+    Args:
+        options: of the export.
+        adapter: as for :func:`layer_source`.
+        base: likewise.
 
     Raises:
         ConfigError: one needs to know the model, or an adapter is not to be merged.
@@ -168,7 +204,10 @@ def check_layer_options(options: ExportOptions, adapter: Adapters) -> None:
     for option, wanted in needing.items():
         if wanted:
             raise ConfigError(
-                f"{option} needs to know the model, and --signature is for models that no family knows"
+                f"{option} needs to know the model, and --signature is for models that no family knows",
+                hint=f"leave --signature out: {known} is known"
+                if (known := claimed_as(base))
+                else "leave it out; what such a model can have is --merge, --format, --fuse, --opset and --report",
             )
     if given_adapters(adapter) and not options.merge:
         raise ConfigError(

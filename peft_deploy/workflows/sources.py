@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from peft_deploy.workflows.prefixes import NamedPrefix
 
 
+Mismatch = tuple[str, str]  # what is wrong with an adapter that was given, and a hint
 Adapters = str | Path | Sequence[str | Path] | None
 MEMORY = "memory"  # the layout of a model that is in no file
 EXPORT_DTYPE = "float32"  # of the weights and the arithmetic in a bundle

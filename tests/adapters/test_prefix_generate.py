@@ -19,9 +19,15 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 NO_END = {"eos_token_id": 1000, "pad_token_id": 0}  # a token that the models do not have
 
 
-def tokens(model: Any, ids: np.ndarray = IDS, **options: Any) -> np.ndarray:
+def generate(model: Any, ids: np.ndarray = IDS, **options: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens, and of each row the mean of their logits."""
     given = {"max_length": NEW, "decode_strategy": "greedy_search", **NO_END, **options}
-    return model.generate(input_ids=paddle.to_tensor(ids), **given)[0].numpy()
+    found, scores = model.generate(input_ids=paddle.to_tensor(ids), **given)
+    return found.numpy(), scores.numpy()
+
+
+def tokens(model: Any, ids: np.ndarray = IDS, **options: Any) -> np.ndarray:
+    return generate(model, ids, **options)[0]
 
 
 def step_by_step(model: Any, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
@@ -72,10 +78,16 @@ def test_padded_prompts(name: str, given: str) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "chatglm_v2"])
 def test_positions_of_one_s_own(name: str) -> None:
+    """Also where they do not change the token: they change its logit."""
     model = prefixed(name)
-    positions = paddle.arange(7, 12).expand([2, 5])
-    first = tokens(model, position_ids=positions, max_length=1)[:, 0]
-    np.testing.assert_array_equal(first, run(model, position_ids=positions)[:, -1].argmax(-1))
+    positions = paddle.to_tensor([[7, 30, 9, 41, 20]]).expand([2, 5])
+    first, scores = generate(model, position_ids=positions, max_length=1)
+    logits = run(model, position_ids=positions)[:, -1]
+    np.testing.assert_array_equal(first[:, 0], logits.argmax(-1))
+    np.testing.assert_allclose(scores[:, 0], logits.max(-1), atol=1e-4)
+    usual = run(model)[:, -1]
+    assert (np.abs(usual - logits).max(-1) > 1e-2).all()
+    assert (np.abs(usual.max(-1) - scores[:, 0]) > 1e-3).all()
 
 
 @pytest.mark.parametrize("name", ["llama", "bloom", "chatglm_v2"])

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ require_paddle("these tests")
 import onnx_ir as ir
 import paddle
 from flows_layers import SIGNATURE, make_net, with_lora
+from model_recipes import load_recipe
 from paddlenlp.transformers import ElectraConfig, ElectraForSequenceClassification
 
 import peft_deploy
@@ -34,6 +36,7 @@ from peft_deploy.errors import (
     UnsupportedModelError,
     UnsupportedOperatorError,
 )
+from peft_deploy.parity.stored_weights import stored_in_onnx
 from peft_deploy.runtime import OnnxRunner, open_runner
 
 pytestmark = pytest.mark.convert
@@ -89,7 +92,7 @@ def run(*arguments: object) -> Result:
 def test_the_graph_is_the_layers_with_the_adapter_merged(onnx: Any) -> None:
     result, _ = onnx
     assert result.parity.passed and not result.parity.warnings
-    assert len(result.parity.cases) == 6
+    assert len(result.parity.cases) == 7
     assert result.parity.effect.sensitivity < 0.01
     spec = {s.name: s.dims for s in result.manifest.signature.outputs}
     assert spec["logits"] == ("batch", "sequence", 7) and spec["best"] == ("batch", "sequence")
@@ -154,6 +157,35 @@ def test_a_merged_model_gives_the_same_weights(onnx: Any, tmp_path: Path) -> Non
         model.unmerge()
     assert first.manifest is not None and second.manifest is not None
     assert first.manifest.files == second.manifest.files
+
+
+def test_a_bit_that_no_case_sees_fails_the_check(onnx: Any, tmp_path: Path) -> None:
+    """The biases are not merged, so they are the layer's to the last bit."""
+    result, model = onnx
+    folder = tmp_path / "bundle"
+    shutil.copytree(result.output, folder)
+    bias = stored_in_onnx(folder / "model.onnx")["conv.bias"]
+    with bias.path.open("r+b") as file:
+        file.seek(bias.offset)
+        low = file.read(1)[0]
+        file.seek(bias.offset)
+        file.write(bytes([low ^ 1]))
+    report = peft_deploy.validate(folder, model)
+    (failed,) = [case for case in report.cases if not case.passed]
+    assert failed.name == "weights, byte by byte"
+    assert "conv.bias: 1 of 4 numbers differ" in (failed.problem or "")
+
+
+def test_a_weight_that_is_not_the_layers_is_named(onnx: Any, tmp_path: Path) -> None:
+    result, model = onnx
+    folder = tmp_path / "bundle"
+    shutil.copytree(result.output, folder)
+    graph = ir.load(folder / "model.onnx")
+    graph.graph.initializers["conv.bias"].name = "conv.bias_of_others"
+    ir.save(graph, folder / "model.onnx")
+    report = peft_deploy.validate(folder, model)
+    (failed,) = [case for case in report.cases if not case.passed]
+    assert "conv.bias_of_others: the layer has no such weight" in (failed.problem or "")
 
 
 def test_validate_takes_the_layer_and_sees_another_one(onnx: Any) -> None:
@@ -310,6 +342,20 @@ def test_what_does_not_fit_the_layer_is_refused_before_anything_is_written(
             make_net(), tmp_path / "out", signature=signature, options=ExportOptions(**options)
         )
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_is_known_needs_no_signature(tmp_path: Path) -> None:
+    base = load_recipe("tiny").make(tmp_path / "base", "bert-classification")
+    said = {**TEXT, "outputs": ["logits"]}
+    with pytest.raises(ConfigError) as caught:
+        peft_deploy.export(
+            base, tmp_path / "out", signature=said, options=ExportOptions(prefix_slots=True)
+        )
+    assert caught.value.hint == "leave --signature out: BertForSequenceClassification is known"
+    with pytest.warns(UserWarning, match="BertForSequenceClassification is a model that is known"):
+        peft_deploy.export(
+            base, tmp_path / "out", signature=said, options=ExportOptions(dry_run=True)
+        )
 
 
 def test_models_in_memory_bring_their_own_adapter(

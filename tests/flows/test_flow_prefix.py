@@ -244,6 +244,10 @@ def test_validate_holds_every_prefix_against_its_model(
         (adapters[:-1], "has the prefix peft, which was not given"),
         ([*adapters, f"more={other}"], "has no prefix more"),
         ([*adapters[:-1], f"peft={other}"], "the one that was given has"),
+        (
+            [f"more={other}"],
+            r"(?s)has no prefix more.*the adapter tuned merged.*prefix ours, which.*prefix peft, which",
+        ),
     ):
         with pytest.raises(AdapterError, match=message):
             validate(bundle, tiny_llama, adapter=given)

@@ -16,7 +16,7 @@ from paddle import nn
 
 from peft_deploy.config.layer_signature import LayerSignature
 from peft_deploy.errors import ConfigError, TraceError
-from peft_deploy.trace.layer import trace_layer
+from peft_deploy.trace.layer import takes_names, trace_layer
 from peft_deploy.trace.program import module_of
 
 
@@ -139,9 +139,31 @@ def test_an_input_that_no_output_needs_is_refused() -> None:
         trace_layer(Returns(lambda x: x * x), signature("x", "y", outputs=("z",)))
 
 
-def test_names_that_are_only_partly_the_forwards_are_refused() -> None:
-    with pytest.raises(ConfigError, match="arguments called x, and none called offset"):
-        trace_layer(Mixed(), signature("x", "offset", outputs=("a", "b", "c", "d")))
+@pytest.mark.parametrize(
+    ("layer", "names", "message", "hint"),
+    [
+        (Mixed(), ("x", "offset"), "input offset, and Mixed.forward has no such argument", "call"),
+        (nn.Linear(4, 4), ("inputs",), "it takes input", "inputs: did you mean input?"),
+        (nn.Linear(4, 4), ("x",), "it takes input", "call every input as the forward calls"),
+    ],
+)
+def test_an_input_is_called_as_the_forward_calls_it(
+    layer: nn.Layer, names: tuple[str, ...], message: str, hint: str
+) -> None:
+    """By position, it could be taken for another one."""
+    with pytest.raises(ConfigError, match=message) as caught:
+        takes_names(layer, signature(*names))
+    assert hint in (caught.value.hint or "")
+
+
+def test_a_forward_of_further_keywords_gets_them() -> None:
+    class Open(nn.Layer):
+        def forward(self, pixels: Any, **more: Any) -> Any:
+            return pixels + more["offset"]
+
+    assert takes_names(Open(), signature("pixels", "offset"))
+    with pytest.raises(ConfigError, match="input pixel, and Open"):
+        takes_names(Open(), signature("pixel", "offset"))
 
 
 def test_weights_of_another_type_are_refused() -> None:
