@@ -14,22 +14,34 @@ from peft_deploy.cli._common import common_options, emit_json, layers_option, sa
 @click.option(
     "--base",
     metavar="DIR",
-    help="The base model, or a name to download; without it, the recorded reference is used.",
+    help="The base model: a folder, or a name to download. Without it, what the bundle recorded takes its place.",
 )
 @click.option(
     "--adapter",
     "adapters",
     multiple=True,
     metavar="[NAME=]DIR",
-    help="An adapter that the bundle was made with; repeatable.",
+    help="An adapter that the bundle was made with, under the bundle's name for it; repeatable.",
 )
-@click.option("--provider", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the random tokens.")
+@click.option(
+    "--provider",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="What runs the bundle.",
+)
+@click.option(
+    "--seed",
+    type=int,
+    default=0,
+    show_default=True,
+    help="Of the random tokens: another one checks with others.",
+)
 @click.option(
     "--cases",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Prompts to be checked, too: one a line, or .jsonl.",
+    help="Prompts of your own to be checked, too: one a line, or .jsonl.",
 )
 @click.option(
     "--bisect",
@@ -58,13 +70,15 @@ def validate_command(
     report_folder: Path | None,
     as_json: bool,
 ) -> None:
-    """Check that a bundle computes what its base model and adapters compute in Paddle.
+    """Check that a bundle computes what its base model and adapters compute in Paddle; exit code 7 when it does not.
 
-    A bundle that was exported with --record-reference needs no --base, and no Paddle. Exit code 7 when it does not.
+    Give the --base and the --adapter that it was exported with. A bundle that was exported with --record-reference
+    needs neither of them, and no Paddle.
     """
     from peft_deploy.cli._progress import RichProgress
     from peft_deploy.errors import ParityError
     from peft_deploy.parity.reports import check_report_folder
+    from peft_deploy.workflows.bisect import can_bisect
     from peft_deploy.workflows.parity_reports import save_reports
     from peft_deploy.workflows.validate import validate
 
@@ -88,4 +102,8 @@ def validate_command(
     if as_json:
         emit_json(report.to_dict())
     if not report.passed:
+        if base is not None and bisect is None and can_bisect(bundle):
+            say(
+                "[bold]hint:[/]  --bisect DIR finds the layer, the module and the operators at fault"
+            )
         click.get_current_context().exit(ParityError.exit_code)

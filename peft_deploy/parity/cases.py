@@ -295,7 +295,7 @@ def _plain(shuffled: list[Text], prose: Text) -> list[Case]:
         _case(one, "one token", [prose], whole([prose], 1)),
         _case(one, "one token, batch 3", shuffled, whole(shuffled, 1)),
         _case(many, "random tokens", shuffled[:1], whole(shuffled[:1])),
-        _case(many, "real text", [prose], whole([prose])),
+        _case(many, prose.name, [prose], whole([prose])),
         _case(many, "batch 3", shuffled, whole(shuffled)),
     ]
 

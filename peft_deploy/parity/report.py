@@ -89,6 +89,12 @@ class ParityReport:
         return bool(self.cases) and generated and all(case.passed for case in self.cases)
 
     @property
+    def failed(self) -> list[CaseResult]:
+        """The cases that failed, first those that say themselves what is wrong, such as which weight."""
+        failed = [case for case in self.cases if not case.passed]
+        return sorted(failed, key=lambda case: case.problem is None)
+
+    @property
     def worst(self) -> tuple[CaseResult, str, OutputResult] | None:
         """The case and the output that take up most of their limit."""
         found = [(case, *case.worst) for case in self.cases if case.worst is not None]

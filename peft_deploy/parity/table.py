@@ -108,7 +108,7 @@ def _row(name: str, cases: Sequence[CaseResult]) -> list[str]:
     )
     passed = all(case.passed for case in cases)
     if worst is None:
-        return [name, "0", "", "", "", _verdict(passed)]
+        return [name, "", "", "", "", _verdict(passed)]  # no outputs, or it did not come so far
     _, result = worst
     difference, limit = result.difference, result.limit
     by_mean = difference.relative_mean / limit.mean > difference.relative_max / limit.maximum
@@ -155,7 +155,7 @@ def _percent(share: float) -> str:
 
 def _failures(report: ParityReport) -> list[str]:
     """The first failed cases: where the worst error is, and both values."""
-    failed = [case for case in report.cases if not case.passed]
+    failed = report.failed
     lines = [explain_case(case) for case in failed[:_SHOWN_FAILURES]]
     if len(failed) > _SHOWN_FAILURES:
         lines.append(f"… and {len(failed) - _SHOWN_FAILURES} more cases")

@@ -33,6 +33,15 @@ NOTHING = "no value inside of the graph was found that is not the Paddle model's
 _SAME = 1e-6  # of the largest magnitude: merged in another order
 
 
+def can_bisect(folder: Path) -> bool:
+    """Whether :func:`check_bisectable` passes for the bundle in a folder."""
+    try:
+        check_bisectable(Manifest.read(folder))
+    except ConfigError:
+        return False
+    return True
+
+
 def check_bisectable(manifest: Manifest) -> None:
     """Passes when a bundle can be looked into.
 

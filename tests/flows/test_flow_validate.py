@@ -94,8 +94,14 @@ def test_what_it_was_not_made_of_is_refused(
 
 
 def run(*arguments: object) -> tuple[int, str]:
+    code, stdout, _ = spoken(*arguments)
+    return code, stdout
+
+
+def spoken(*arguments: object) -> tuple[int, str, str]:
+    """With what it says to people."""
     result = CliRunner().invoke(validate_command, [str(a) for a in arguments])
-    return result.exit_code, result.stdout
+    return result.exit_code, result.stdout, result.stderr
 
 
 def test_the_command_reports_success(
@@ -117,8 +123,9 @@ def test_the_command_exits_with_7(
     disguised_bundle: Path, tiny_llama: Path, tiny_adapter: Path
 ) -> None:
     options = ("--base", tiny_llama, "--adapter", tiny_adapter, "--json")
-    code, stdout = run(disguised_bundle, *options)
+    code, stdout, stderr = spoken(disguised_bundle, *options)
     assert code == 7
+    assert "--bisect DIR finds" in stderr
     assert json.loads(stdout)["passed"] is False
 
 

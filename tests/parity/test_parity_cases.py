@@ -83,6 +83,9 @@ def test_real_tokens_are_used() -> None:
     matrix = build_matrix(signature_of(), 64, real_ids=real)
     used = [c for c in matrix.cases if c.texts[0].name == "real text"]
     assert len(used) >= 4
+    assert "real text" in {case.name for case in matrix.cases}
+    without = build_matrix(signature_of(), 64)
+    assert not [case for case in without.cases if "real text" in case.name]
     assert used[1].input_ids[0].tolist() == real[: used[1].input_ids.shape[1]]
 
 

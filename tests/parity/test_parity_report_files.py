@@ -26,6 +26,7 @@ from peft_deploy.parity import (
 )
 from peft_deploy.parity.bisect import Finding, Weight
 from peft_deploy.parity.reports import HTML, JSON, JUNIT, MARKDOWN, Subject, write_reports
+from peft_deploy.parity.table import explain_report
 
 PROMPTS = [Prompt("a <b>bold</b> & `c` | d", (1, 2, 3)), Prompt("c\x00\x1b[31m", (4,))]
 SUBJECT = Subject(
@@ -83,6 +84,31 @@ def written(
     report = reports[request.param]
     write_reports(tmp_path, report, SUBJECT)
     return tmp_path, report
+
+
+def test_a_wrong_weight_is_said_first(reports: dict[str, ParityReport], tmp_path: Path) -> None:
+    """It is the cause of what the other cases show."""
+    weights = CaseResult("weights", "weights", "3 tensors", problem="1 is wrong:\n  w: not there")
+    report = replace(reports["broken"], cases=(*reports["broken"].cases, weights))
+    assert len(report.failed) > 10
+    write_reports(tmp_path, report, SUBJECT)
+    for name in (HTML, MARKDOWN):
+        text = (tmp_path / name).read_text("utf-8")
+        assert text.index("w: not there") < text.index(
+            report.failed[1].name, text.index("What failed")
+        )
+    assert "w: not there" in explain_report(report).splitlines()[2]
+
+
+def test_a_case_without_outputs_has_none_to_show(
+    reports: dict[str, ParityReport], tmp_path: Path
+) -> None:
+    weights = CaseResult("weights", "weights", "3 tensors")
+    good = reports["good"]
+    write_reports(tmp_path, replace(good, cases=(*good.cases, weights)), SUBJECT)
+    page = (tmp_path / HTML).read_text("utf-8")
+    assert "3 tensors" in page
+    assert "None" not in page
 
 
 def test_json_is_what_the_schema_says(written: tuple[Path, ParityReport]) -> None:

@@ -37,7 +37,7 @@ def markdown(report: ParityReport, subject: Subject) -> str:
 def _body(report: ParityReport, subject: Subject) -> list[str]:
     return [
         _groups(report),
-        _failures(report.cases),
+        _failures(report.failed),
         _finding(report),
         _generation(report, subject),
         _effect(report),
@@ -65,8 +65,7 @@ def _groups(report: ParityReport) -> str:
     return _table(["case", "cases", "outputs", "worst, of its limit", ""], rows)
 
 
-def _failures(cases: Sequence[CaseResult]) -> str:
-    failed = [case for case in cases if not case.passed]
+def _failures(failed: Sequence[CaseResult]) -> str:
     if not failed:
         return ""
     lines = []
