@@ -36,12 +36,14 @@ def main() -> None:
 def _ways(base: Path, scratch: Path) -> Iterator[tuple[str, dict[str, object]]]:
     """Name and options of each way out that gives another graph."""
     from peft_deploy.base import open_base
-    from peft_deploy.families import DecoderFamily
+    from peft_deploy.families import DecoderFamily, EncoderDecoderFamily
 
     yield "merged", {}
-    if isinstance(open_base(base).family, DecoderFamily):
+    family = open_base(base).family
+    if not isinstance(family, EncoderDecoderFamily):  # two graphs, which one file cannot fill
         adapter = tiny().make_lora(scratch / "lora", base)
-        yield "slots", {"adapters": "runtime", "prefix_slots": True, "adapter": adapter}
+        prefix = isinstance(family, DecoderFamily)
+        yield "slots", {"adapters": "runtime", "prefix_slots": prefix, "adapter": adapter}
 
 
 def _export(base: Path, folder: Path, ways: Sequence[object] | Iterator[object]) -> None:
