@@ -27,6 +27,7 @@ from peft_deploy.convert.lora_slots import (
     slot_node,
 )
 from peft_deploy.convert.passes.node_names import module_folder
+from peft_deploy.convert.traced_weights import weights_as_traced
 from peft_deploy.errors import ConversionError, listed
 from peft_deploy.signature import ADAPTER_IDS, ADAPTERS, BANK_A, BANK_B, BATCH
 from peft_deploy.weights.source import DTYPES
@@ -165,7 +166,8 @@ def _inferred_dims(model: ir.Model) -> dict[str, tuple[int | str, ...]]:
     With a number it follows the batch further than with a name: past a broadcast against an unknown size. Operators
     that are newer than this onnx give something of their first input's shape.
     """
-    proto = ir.to_proto(model)
+    with weights_as_traced(model.graph):
+        proto = ir.to_proto(model)
     nodes = [stand_in for node in proto.graph.node for stand_in in _known(node)]
     del proto.graph.node[:]
     proto.graph.node.extend(nodes)

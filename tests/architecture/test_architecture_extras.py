@@ -78,6 +78,7 @@ NEED_ONNX_IR = (
     "peft_deploy.convert.postflight",
     "peft_deploy.convert.precision",
     "peft_deploy.convert.prefix_slots",
+    "peft_deploy.convert.traced_weights",
     "peft_deploy.workflows.doctor",
     "peft_deploy.workflows.graph",
 )

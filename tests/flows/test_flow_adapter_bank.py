@@ -270,3 +270,15 @@ def _feeds(runner: Session | OnnxRunner, rows: Sequence[Sequence[int]]) -> dict[
     if POSITION_IDS in feeds:
         feeds[POSITION_IDS] += np.arange(len(rows[0]))
     return feeds
+
+
+def test_a_bank_on_weights_in_blocks_passes_its_check(
+    tiny_llama: Path, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    options = ExportOptions(adapter_bank=2, precision="int4")
+    pair = [f"{name}={folders[name]}" for name in ("tuned", "attention")]
+    peft_deploy.export(tiny_llama, tmp_path / "out", adapter=pair, options=options)
+    manifest = Manifest.read(tmp_path / "out")
+    assert manifest.graph["operators"]["MatMulNBits"] == 9  # four of each layer, and the head
+    assert manifest.parity is not None and manifest.parity["passed"] is True
+    assert {"adapter tuned", "adapter attention"} <= manifest.parity["parts"].keys()
