@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from peft_deploy.cli._common import common_options, emit_json, layers_option, say
-from peft_deploy.config.export import ALL_LINEAR, FORMATS, FUSE_LEVELS, ONNX, RUNTIME
+from peft_deploy.config.export import ALL_LINEAR, BUILTIN, FORMATS, FUSE_LEVELS, ONNX, RUNTIME
 from peft_deploy.config.precision import FP32, PRECISIONS
 
 if TYPE_CHECKING:
@@ -93,6 +93,11 @@ if TYPE_CHECKING:
     help="Compute the logits of the last token only, which is all that generation needs: prompts are read faster.",
 )
 @click.option(
+    "--calibration",
+    metavar=f"FILE|{BUILTIN}",
+    help="With int4: choose scales by what the model's layers are given while it reads this text.",
+)
+@click.option(
     "--pooling",
     type=click.Choice(["mean", "cls", "none"]),
     help="Of the sentence embeddings of an encoder; default: as its folder says.",
@@ -136,6 +141,7 @@ def export_command(
     opset: int | None,
     precision: str,
     last_logits: bool,
+    calibration: str | None,
     pooling: str | None,
     no_validate: bool,
     validate_layers: int | str | None,
@@ -182,6 +188,7 @@ def export_command(
         opset=opset,
         precision=precision,
         last_logits=last_logits,
+        calibration=calibration,
         pooling=pooling,
         validate=not no_validate,
         validate_layers=validate_layers,

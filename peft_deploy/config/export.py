@@ -6,7 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peft_deploy.config.matching import match_pattern
-from peft_deploy.config.precision import BFLOAT16, FP32, NO_BFLOAT16, PRECISIONS, Precision
+from peft_deploy.config.precision import (
+    BFLOAT16,
+    CALIBRATED_BITS,
+    FP32,
+    NO_BFLOAT16,
+    PRECISIONS,
+    Precision,
+)
 from peft_deploy.errors import ConfigError
 
 ONNX, PADDLE = "onnx", "paddle"
@@ -14,6 +21,7 @@ FORMATS = (ONNX, PADDLE)
 RUNTIME = "runtime"
 ALL_LINEAR = "all-linear"
 ALL_LAYERS = "all"
+BUILTIN = "builtin"  # the calibration text that comes with the package
 # How far small operators are put together: not at all, into standard operators, or into onnxruntime's own, too.
 PLAIN, FUSED, FUSED_ORT = "none", "onnx", "ort"
 FUSE_LEVELS = (PLAIN, FUSED, FUSED_ORT)
@@ -46,6 +54,8 @@ class ExportOptions:
             are not; see :attr:`graph_opset`. Not used for Paddle's format.
         precision: of the arithmetic and the weights, a key of
             :data:`~peft_deploy.config.precision.PRECISIONS`; Paddle's format has ``"fp32"`` only.
+        calibration: a file with a text, or ``"builtin"``: scales of 4-bit weights are chosen by what the model's
+            layers are given while it reads it. None for rounding to nearest.
         pooling: of the sentence embeddings that an encoder without a head gives beside its hidden states:
             ``"mean"`` or ``"cls"``, ``"none"`` for none of them; None does what the model's folder says.
         last_logits: compute the logits of the last token only, [batch, 1, vocab]: all that generation needs.
@@ -76,6 +86,7 @@ class ExportOptions:
     opset: int | None = None
     precision: str = FP32
     last_logits: bool = False
+    calibration: str | Path | None = None
     prefix_slots: bool = False
     pooling: str | None = None
     validate: bool = True
@@ -224,6 +235,11 @@ class ExportOptions:
                 f"precision {self.precision} was asked for; Paddle's static format is exported in {FP32} only: "
                 "Paddle Inference has no 16-bit kernels for the CPU, and no operator for quantized weights",
                 hint="leave --precision out, or --format paddle",
+            )
+        if self.calibration is not None and self.arithmetic.bits != CALIBRATED_BITS:
+            raise ConfigError(
+                f"calibration chooses scales of {CALIBRATED_BITS}-bit weights, and the precision is {self.precision}",
+                hint="add --precision int4, or leave --calibration out",
             )
         if self.arithmetic.dtype == BFLOAT16 and self.validate and not self.dry_run:
             raise ConfigError(

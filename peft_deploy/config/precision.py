@@ -30,6 +30,7 @@ class Precision:
 
 
 FP32 = "fp32"
+CALIBRATED_BITS = 4  # of weights whose scales a text can choose; 8 bits are fine enough
 BFLOAT16 = "bfloat16"
 NO_BFLOAT16 = (
     "onnxruntime's CPU provider has no kernels for MatMul, Add, Mul, Softmax and most other operators "

@@ -30,6 +30,9 @@ SAME_SUM = 1e-5
 # Of the numbers of a tensor in 8 or 16 bits: a sum that lies between two steps may be rounded to either.
 # Such a choice changes a byte, or the two numbers in it, by one.
 SAME_STEPS, ONE_STEP = 1e-3, 0x11
+# Of the scales that were chosen among several: where two are as good to the last bits, such a sum decides.
+SAME_CHOICES = 5e-3
+_FEW_BLOCKS = 4  # in any tensor, however small
 _HASH_BLOCK = 1 << 20
 _STEP = {"float16": 2.0**-10, "bfloat16": 2.0**-7}  # between neighbours, of the larger one
 _TINY = 1e-38
@@ -124,7 +127,12 @@ def stored_in_paddle(program: Path, params: Path) -> dict[str, FileTensor]:
 
 
 def difference(
-    stored: FileTensor, wanted: TensorInfo, pieces: Iterable[Array], *, summed: bool
+    stored: FileTensor,
+    wanted: TensorInfo,
+    pieces: Iterable[Array],
+    *,
+    summed: bool,
+    chosen: bool = False,
 ) -> str | None:
     """What is wrong with a stored tensor, for people; None when it is the one that is wanted.
 
@@ -133,6 +141,7 @@ def difference(
         wanted: type and shape of what an export writes.
         pieces: the same in row-major order, a few megabytes at a time.
         summed: whether it is a sum of products, whose last bits depend on the processor.
+        chosen: whether it is of blocks whose scales were searched, which such bits can decide.
 
     Raises:
         BundleError: the file ends before the tensor does.
@@ -140,6 +149,7 @@ def difference(
     if (stored.dtype, stored.shape) != (wanted.dtype, wanted.shape):
         return f"it is {stored.dtype} {list(stored.shape)}; it should be {wanted.dtype} {list(wanted.shape)}"
     changed, first, off, largest = 0, -1, 0.0, 0.0
+    others, explained = 0, True
     for start, have, want in _blocks(stored, pieces):
         if summed:
             largest = max(largest, float(np.abs(want.astype(np.float64)).max(initial=0)))
@@ -150,7 +160,11 @@ def difference(
         first = start + int(unequal[0]) if first < 0 else first
         gap = np.abs(have[unequal].astype(np.float64) - want[unequal].astype(np.float64))
         off = max(off, float(np.where(np.isnan(gap), np.inf, gap).max()))
+        count, alike = _count_others(have[unequal], want[unequal])
+        others, explained = others + count, explained and alike
     if first < 0 or (summed and _is_same_sum(wanted, off, max(largest, _TINY), changed)):
+        return None
+    if summed and chosen and explained and _are_few(others, wanted):
         return None
     index = [int(i) for i in np.unravel_index(first, wanted.shape)]
     return f"{changed} of {math.prod(wanted.shape)} numbers differ, by up to {off:.3g}; the first is {index}"
@@ -170,6 +184,30 @@ def _is_same_sum(wanted: TensorInfo, off: float, largest: float, changed: int) -
         return off <= ONE_STEP and changed <= some
     step = _STEP.get(wanted.dtype, 0.0)
     return off <= (SAME_SUM + step) * largest and (not step or changed <= some)
+
+
+def _count_others(have: Array, want: Array) -> tuple[int, bool]:
+    """How many numbers differ by more than a sum's last bits, and whether another choice of scales explains them.
+
+    Args:
+        have: scales, or bytes with numbers in blocks.
+        want: likewise, all different.
+    """
+    if np.issubdtype(want.dtype, np.integer):
+        return want.size, True
+    mine, others = have.astype(np.float64), want.astype(np.float64)
+    far = ~(np.abs(mine - others) <= SAME_SUM * np.abs(others))  # NaN is far, too
+    ratios = mine[far] / np.where(others[far] == 0, np.inf, others[far])
+    # The search's candidates are less than a factor of two apart.
+    return int(far.sum()), bool(((ratios > 0.5) & (ratios < 2)).all())
+
+
+def _are_few(count: int, wanted: TensorInfo) -> bool:
+    """Whether so few numbers of searched blocks differ that the last bits of their weights explain it."""
+    size = math.prod(wanted.shape)
+    if wanted.dtype not in FLOATING:  # [out, blocks, bytes]
+        return count <= max(_FEW_BLOCKS * wanted.shape[-1], SAME_STEPS * size)
+    return count <= max(_FEW_BLOCKS, SAME_CHOICES * size)
 
 
 def _unequal(have: Array, want: Array) -> npt.NDArray[np.intp]:

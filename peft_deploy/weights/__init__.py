@@ -11,6 +11,7 @@ from peft_deploy.weights.canonical import CanonicalTensors
 from peft_deploy.weights.cast import CastTensors, cast_array
 from peft_deploy.weights.checkpoint import Checkpoint, open_checkpoint
 from peft_deploy.weights.fingerprint import fingerprint
+from peft_deploy.weights.importance import Importance
 from peft_deploy.weights.layout import HuggingFaceTensors
 from peft_deploy.weights.lora import LoraPair, lora_delta, merge_weight
 from peft_deploy.weights.merged import AdapterTensors, MergedTensors
@@ -41,6 +42,7 @@ __all__ = [
     "DecodedTensors",
     "EncodedTensors",
     "HuggingFaceTensors",
+    "Importance",
     "LoraPair",
     "MergedTensors",
     "PackedTensors",

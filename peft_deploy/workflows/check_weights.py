@@ -64,7 +64,9 @@ def check_weights(
         place = folder / part.folder
         stored, facts = stored_tensors(place, manifest.format), _graph_facts(manifest, part)
         names = names_in_bundle(manifest, source, part)
-        found = wrong_weights(stored, part.tensors, names.items(), _summed(source, part), progress)
+        summed = _summed(source, part)
+        chosen = summed if source.importance is not None else frozenset[str]()
+        found = wrong_weights(stored, part.tensors, names.items(), summed, progress, chosen=chosen)
         found |= wrong_tables(stored, facts.get(TABLES, {}))
         wrong |= {(Path(part.folder) / name).as_posix(): text for name, text in found.items()}
         size += sum(tensor.length for tensor in stored.values())
@@ -164,6 +166,8 @@ def wrong_weights(
     names: Iterable[tuple[str, str]],
     summed: frozenset[str],
     progress: Progress,
+    *,
+    chosen: frozenset[str] = frozenset(),
 ) -> dict[str, str]:
     """Weight → what is wrong with it.
 
@@ -173,6 +177,7 @@ def wrong_weights(
         names: pairs of a tensor and what the bundle calls it.
         summed: tensors whose last bits depend on the processor.
         progress: is told of every tensor.
+        chosen: tensors of blocks whose scales such bits can decide.
     """
     wrong: dict[str, str] = {}
     for parameter, name in names:
@@ -180,8 +185,9 @@ def wrong_weights(
             wrong[name] = "it is not there"
         else:
             info, summing = tensors.info(parameter), parameter in summed
+            searched = parameter in chosen and parameter.endswith((QUANTIZED, SCALES))
             with closing(in_order(pieces_of(tensors, parameter))) as pieces:
-                text = difference(stored[name], info, pieces, summed=summing)
+                text = difference(stored[name], info, pieces, summed=summing, chosen=searched)
             if text is not None:
                 wrong[name] = text
         progress.advance(1, name)

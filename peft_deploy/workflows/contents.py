@@ -30,6 +30,7 @@ from peft_deploy.text.tokenizer import TOKENIZER
 from peft_deploy.text.wordpiece import VOCABULARY, wordpiece_json
 from peft_deploy.weights import RoundingLoss
 from peft_deploy.weights.rounding import describe_losses
+from peft_deploy.workflows.calibration import calibration_facts, write_calibration
 from peft_deploy.workflows.description import describe
 from peft_deploy.workflows.graph_parts import GraphPart, encoder_entry
 from peft_deploy.workflows.kept_adapters import select_layers, write_kept
@@ -90,6 +91,9 @@ def fill_bundle(
     _write_configs(folder, source, generation, ends, options.format)
     graph = write_kept(folder, source, graph, fingerprint)
     signature = source.family.signature(source.config, EXPORT_DTYPE).with_cache_in(precision.dtype)
+    if source.importance is not None:
+        write_calibration(folder.path, source.importance)
+        graph["quantized"]["calibration"] = calibration_facts(source.importance)
     slots = options.prefix_slots
     write_prefixes(folder, source.prefixes, signature, fingerprint, slots=slots)
     names = [file.path.relative_to(folder.path).as_posix() for file in files]

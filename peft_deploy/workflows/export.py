@@ -17,6 +17,7 @@ from peft_deploy.convert import ConversionJob
 from peft_deploy.environment import require_paddle
 from peft_deploy.errors import ConfigError, ParityError
 from peft_deploy.progress import Progress, Silent
+from peft_deploy.workflows.calibration import calibrated
 from peft_deploy.workflows.check_extras import CheckExtras, plan_extras
 from peft_deploy.workflows.contents import fill_bundle
 from peft_deploy.workflows.description import plan_lines
@@ -126,6 +127,7 @@ def export(
             )
         extras = plan_extras(options, source)
         folder = stack.enter_context(BundleFolder(output, force=options.force))
+        source = calibrated(source, options, clock)
         manifest = fill_bundle(folder, source, job, options, clock)
         report = None
         if options.validate:

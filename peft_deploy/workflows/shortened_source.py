@@ -60,6 +60,7 @@ def shorten_source(source: ExportSource, base: BaseModel, layers: Sequence[int])
         load_adapted=load,
         prefixes=(),
         kept=(),
+        importance=source.importance and source.importance.renamed(parameters),
     )
 
 

@@ -16,6 +16,7 @@ from peft_deploy.families import Family, describe_unread, unread_entries
 from peft_deploy.progress import Progress
 from peft_deploy.weights import (
     AdapterTensors,
+    Importance,
     MergedTensors,
     RoundingLoss,
     SubsetTensors,
@@ -62,6 +63,7 @@ class ExportSource:
             none of those that are kept.
         load_adapted: gives it with one of those that are kept active.
         kept: LoRA adapters that stay apart from the weights.
+        importance: of the inputs of linear layers, where scales are chosen by it.
     """
 
     name: str
@@ -77,6 +79,7 @@ class ExportSource:
     companions: list[Path] = field(default_factory=list)
     prefixes: tuple[NamedPrefix, ...] = ()
     kept: tuple[NamedAdapter, ...] = ()
+    importance: Importance | None = None
 
     @property
     def unread(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import MutableMapping
 from dataclasses import replace
 
-from peft_deploy.config.precision import Precision
+from peft_deploy.config.precision import CALIBRATED_BITS, Precision
 from peft_deploy.errors import ConfigError
 from peft_deploy.weights import (
     BlockQuantized,
@@ -34,6 +34,7 @@ def storage_plan(source: ExportSource, precision: Precision) -> StoragePlan:
         return {}
     names, plan = source.family.names(source.config), dict[str, Storage]()
     heads = _shared_with_head(source)
+    squares = {} if source.importance is None else source.importance.squares
     for parameter in source.tensors.names():
         info, mapped = source.tensors.info(parameter), names.to_huggingface(parameter)
         if len(info.shape) != 2:
@@ -44,7 +45,8 @@ def storage_plan(source: ExportSource, precision: Precision) -> StoragePlan:
             # Looked up and multiplied by, so that a block must not reach over the end of a row.
             plan[parameter] = BlockQuantized(bits, rows=True)
         elif mapped is not None and mapped.is_linear and parameter not in heads and bits:
-            plan[parameter] = BlockQuantized(bits)
+            weighted = squares.get(parameter) if bits == CALIBRATED_BITS else None
+            plan[parameter] = BlockQuantized(bits, importance=weighted)
     return plan
 
 

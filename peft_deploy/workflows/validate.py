@@ -18,6 +18,7 @@ from peft_deploy.parity.report import ParityReport
 from peft_deploy.progress import Progress, Silent
 from peft_deploy.workflows.bisect import check_bisectable, searched
 from peft_deploy.workflows.bisect_layers import searched_in_layers
+from peft_deploy.workflows.calibration import with_calibration_of
 from peft_deploy.workflows.check_adapters import check_adapters
 from peft_deploy.workflows.check_bundle import check_bundle
 from peft_deploy.workflows.check_extras import CheckExtras, read_cases
@@ -110,6 +111,7 @@ def validate(
     source = from_folders(base, adapter, keep=kept)
     progress.phase("Comparing fingerprints")
     check_origin(manifest, source)
+    source = with_calibration_of(folder, manifest, source)
     count = plan_layers(layers, source, manifest)
     if count is not None:
         report = check_layers(

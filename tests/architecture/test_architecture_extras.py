@@ -32,6 +32,7 @@ NEED_PADDLE = (
     "peft_deploy.families.eager_encoder_decoder",
     "peft_deploy.families.eager_repairs",
     "peft_deploy.families.standins",
+    "peft_deploy.parity.activations",
     "peft_deploy.parity.layer_reference",
     "peft_deploy.parity.prefix_reference",
     "peft_deploy.parity.rounding",

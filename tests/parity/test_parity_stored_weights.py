@@ -22,11 +22,13 @@ RNG = np.random.default_rng(3)
 WEIGHT = RNG.standard_normal((700, 300)).astype(np.float32)
 
 
-def difference(tensor: FileTensor, wanted: np.ndarray, *, summed: bool) -> str | None:
+def difference(
+    tensor: FileTensor, wanted: np.ndarray, *, summed: bool, chosen: bool = False
+) -> str | None:
     """Against an array, given in pieces of a few rows."""
     info = TensorInfo("w", wanted.dtype.name, wanted.shape)
     pieces = (contiguous(wanted[i : i + 150]) for i in range(0, len(wanted), 150))
-    return stored_weights.difference(tensor, info, pieces, summed=summed)
+    return stored_weights.difference(tensor, info, pieces, summed=summed, chosen=chosen)
 
 
 @pytest.fixture
@@ -73,6 +75,31 @@ def test_sums_may_differ_in_their_last_bits_and_no_further(stored: Tensor) -> No
     assert difference(stored(near), WEIGHT, summed=True) is None
     assert difference(stored(near), WEIGHT, summed=False) is not None
     assert difference(stored(far), WEIGHT, summed=True) is not None
+
+
+def test_few_blocks_of_searched_scales_may_have_others(stored: Tensor) -> None:
+    def text(array: np.ndarray, wanted: np.ndarray, **given: bool) -> str | None:
+        return difference(stored(array), wanted, summed=True, **given)
+
+    scales = np.abs(WEIGHT) + 1
+    few, many, wild = scales * np.float32(1 + SAME_SUM / 5), scales.copy(), scales.copy()
+    few.reshape(-1)[::300] *= np.float32(1.2)
+    assert text(few, scales, chosen=True) is None
+    assert text(few, scales) is not None
+    assert difference(stored(few), scales, summed=False, chosen=True) is not None
+    many.reshape(-1)[::100] *= np.float32(1.2)
+    assert text(many, scales, chosen=True) is not None
+    for value in (np.nan, -scales[7, 7], 3 * scales[7, 7]):
+        wild[7, 7] = value
+        assert text(wild, scales, chosen=True) is not None
+
+    numbers = RNG.integers(0, 256, (500, 8, 16), dtype=np.uint8)
+    flipped = numbers.copy()
+    flipped[3, 2:6] ^= 0x21  # four blocks
+    assert text(flipped, numbers, chosen=True) is None
+    assert text(flipped, numbers) is not None
+    flipped[4, :2] ^= 0x21
+    assert text(flipped, numbers, chosen=True) is not None
 
 
 def test_another_shape_or_type_is_named(stored: Tensor) -> None:

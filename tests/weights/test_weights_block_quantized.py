@@ -46,13 +46,14 @@ def test_no_number_is_further_off_than_its_block_allows(
     }
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("bits", "searched"), [(4, False), (8, False), (4, True)])
 @pytest.mark.parametrize("shape", SIZES)
 def test_decoded_numbers_are_those_that_onnxruntime_multiplies_by(
-    bits: int, shape: tuple[int, int]
+    bits: int, searched: bool, shape: tuple[int, int]
 ) -> None:
     size, out = shape
-    storage = BlockQuantized(bits)
+    importance = np.linspace(0.1, 9, size, dtype=np.float32) if searched else None
+    storage = BlockQuantized(bits, importance=importance)
     parts = storage.encode(matrix(shape), "w")
     x = ir.Value(name="x", type=FLOAT, shape=ir.Shape(["rows", size]))
     weights = [ir.val(name, const_value=ir.tensor(parts[name], name=name)) for name in parts]

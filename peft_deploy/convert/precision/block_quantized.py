@@ -33,14 +33,21 @@ class QuantizedWeights:
     Args:
         weights: type, such as ``int4`` → initializers that are kept so, by the names that they had.
         float32: weights of linear layers and tables that heads share which stay what they are.
+        calibrated: those of ``weights`` whose scales a text's activations chose; the others are rounded to nearest.
     """
 
     weights: dict[str, list[str]]
     float32: list[str]
+    calibrated: list[str]
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready form, for the manifest."""
-        return {"block": BLOCK, "weights": self.weights, "float32": self.float32}
+        return {
+            "block": BLOCK,
+            "weights": self.weights,
+            "float32": self.float32,
+            "calibrated": self.calibrated,
+        }
 
 
 class ReadQuantizedPass(ir.passes.InPlacePass):
@@ -66,17 +73,19 @@ class ReadQuantizedPass(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Replaces the operators."""
-        graph, found = model.graph, defaultdict[str, list[str]](list)
+        graph, found, calibrated = model.graph, defaultdict[str, list[str]](list), list[str]()
         plain = [str(v.name) for v in graph.initializers.values() if _is_plain_linear(v)]
         for value in list(graph.initializers.values()):
             stored = is_stored(value)
             if stored is None or not isinstance(stored.storage, BlockQuantized):
                 continue
             found[stored.storage.name].append(str(value.name))
+            if stored.storage.importance is not None:
+                calibrated.append(str(value.name))
             _Weight(graph, self._file, value, stored, stored.storage).replace()
         if found:
             graph.opset_imports[CONTRIB] = 1
-        self.done = QuantizedWeights(dict(found), plain)
+        self.done = QuantizedWeights(dict(found), plain, calibrated)
         return ir.passes.PassResult(model, modified=bool(found))
 
 
