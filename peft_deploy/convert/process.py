@@ -73,6 +73,7 @@ class ConversionJob:
         request["traced"] = traced is not None
         self._format = format
         self._process: subprocess.Popen[bytes] | None = None
+        self._importing: threading.Thread | None = None
         # A program that was traced elsewhere can be of anything.
         self._cache = GraphCache(request) if traced is None else None
         self._folder = Path(tempfile.mkdtemp(prefix="peft-deploy-"))
@@ -100,7 +101,8 @@ class ConversionJob:
             os.close(writing)
         if self._format == ONNX:
             # Two seconds of Python that would begin when the graph is there; meanwhile the caller writes weights.
-            threading.Thread(target=_import_libraries, daemon=True).start()
+            self._importing = threading.Thread(target=_import_libraries, daemon=True)
+            self._importing.start()
 
     def _start(self, writing: int) -> subprocess.Popen[bytes]:
         with (self._folder / LOG_FILE).open("wb") as log:
@@ -129,6 +131,13 @@ class ConversionJob:
             self._process.wait()
             os.close(self._events)
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    def wait_for_imports(self) -> None:
+        """Waits until nothing is imported in another thread any more: what two threads import at once, they may see
+        half-made.
+        """
+        if self._importing is not None:
+            self._importing.join()
 
     def result(self, on_phase: Callable[[str], None]) -> ConvertedGraph | StaticProgram:
         """Reads what was made before, or waits for the child and reads what it made.
