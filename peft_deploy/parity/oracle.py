@@ -29,7 +29,7 @@ class RoundableReference(Reference, Protocol):
     """A reference that can say what 16 bits would make of its numbers."""
 
     def rounded(self, dtype: str, peaks: MutableMapping[str, float]) -> Runner:
-        """The same model as a 16-bit type would have it: what every module gives is rounded.
+        """The same model as a 16-bit type would have it: what every module takes and gives is rounded.
 
         Args:
             dtype: ``float16`` or ``bfloat16``.

@@ -116,7 +116,7 @@ class PaddleReference:
         )
 
     def rounded(self, dtype: str, peaks: MutableMapping[str, float]) -> Runner:
-        """The same model with what every module gives rounded to a 16-bit type.
+        """The same model with what every module takes and gives rounded to a 16-bit type.
 
         Args:
             dtype: ``float16`` or ``bfloat16``.

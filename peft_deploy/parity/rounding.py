@@ -1,4 +1,4 @@
-"""The reference as 16 bits would have it: every module's result rounded, the rest as it was. Needs Paddle.
+"""The reference as 16 bits would have it: what modules take and give rounded, the rest as it was. Needs Paddle.
 
 Paddle has no 16-bit kernels for most operators on the CPU, so the arithmetic itself stays in float32. What 16-bit
 hardware does is close to that: it multiplies and sums in float32, and rounds what it writes back.
@@ -27,7 +27,9 @@ _MASK = -1e8
 def rounded_modules(
     model: nn.Layer, dtype: str, peaks: MutableMapping[str, float]
 ) -> Iterator[None]:
-    """Rounds what every module gives to a 16-bit type, for the time of the block.
+    """Rounds what every module takes and gives to a 16-bit type, for the time of the block.
+
+    What goes into a module may be a sum or a product that no module has given, such as a residual.
 
     Args:
         model: whose modules, itself included.
@@ -36,7 +38,7 @@ def rounded_modules(
     """
     hooks = []
     for name, layer in model.named_sublayers(include_self=True):
-        hooks.append(layer.register_forward_pre_hook(_watching(name, peaks)))
+        hooks.append(layer.register_forward_pre_hook(_entering(name, dtype, peaks)))
         hooks.append(layer.register_forward_post_hook(_rounding(name, dtype, peaks)))
     try:
         yield
@@ -45,12 +47,13 @@ def rounded_modules(
             hook.remove()
 
 
-def _watching(name: str, peaks: MutableMapping[str, float]) -> Any:
-    def watch(_layer: nn.Layer, inputs: Any) -> None:
+def _entering(name: str, dtype: str, peaks: MutableMapping[str, float]) -> Any:
+    def round_input(_layer: nn.Layer, inputs: Any) -> Any:
         if isinstance(inputs, tuple) and len(inputs) == 1:  # a composite's have masks among them
-            _note(inputs[0], name, peaks)
+            return (_rounded(inputs[0], name, dtype, peaks),)
+        return None
 
-    return watch
+    return round_input
 
 
 def _rounding(name: str, dtype: str, peaks: MutableMapping[str, float]) -> Any:

@@ -32,7 +32,7 @@ A reference that is far from itself on some case is at fault there (its family t
 the cache in its own way). Such a case is named in the report and has no part in the limits.
 
 For 16 bits the same rule holds, with the reference's own error measured as those 16 bits would have
-it: what every module gives is rounded, and so are the cache and the logits. Weights are no matter
+it: what every module takes and gives is rounded, and so are the cache and the logits. Weights are no matter
 here, because the reference computes with the very numbers that the bundle holds. Operators inside
 of a module round as well, and a module has about eight of them, whose errors add up like sqrt(8);
 :data:`K_16` is above that. There is no float64 floor to speak of: the noise never is below the

@@ -16,6 +16,7 @@ from peft_deploy.environment import require_paddle
 require_paddle("these tests")
 
 import paddle
+from paddle import nn
 
 from peft_deploy.adapters.lora import LoRAModel
 from peft_deploy.base import BaseModel, open_base
@@ -26,6 +27,7 @@ from peft_deploy.parity import Prompt, Text, build_matrix, check
 from peft_deploy.parity import reference as reference_module
 from peft_deploy.parity.play import read_text
 from peft_deploy.parity.reference import PaddleReference
+from peft_deploy.parity.rounding import rounded_modules
 from peft_deploy.signature import LOGITS
 
 
@@ -184,3 +186,33 @@ def test_outputs_can_be_chosen_and_inputs_are_checked(base: BaseModel, model: Lo
     }
     with pytest.raises(ExecutionError, match="attention_mask"):
         reference.run({**feeds, "attention_mask": ids[:, :2]})
+
+
+class Third(nn.Layer):
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        self.taken = x
+        return x / 3
+
+
+class Residual(nn.Layer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.third = Third()
+
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        return x + self.third(x + x / 3)
+
+
+def test_in_16_bits_what_modules_take_and_give_is_rounded() -> None:
+    model, peaks = Residual(), dict[str, float]()
+    x = np.linspace(0.1, 8, 50, dtype=np.float32)
+    plain = model(paddle.to_tensor(x)).numpy()
+    with rounded_modules(model, "float16", peaks):
+        given = model(paddle.to_tensor(x)).numpy()
+    taken = model.third.taken.numpy()  # a sum, which no module has given
+    for values in (taken, given):
+        assert (values == values.astype(np.float16)).all() and values.dtype == np.float32
+    assert 1e-5 < np.abs(given - plain).max() < 1e-2
+    assert peaks["third"] == pytest.approx(8 * 4 / 3, rel=1e-3)
+    model(paddle.to_tensor(x))
+    assert (model.third.taken.numpy() != taken).any(), "it is rounded behind the block, too"

@@ -156,7 +156,7 @@ class LayeredReference:
         )
 
     def rounded(self, dtype: str, peaks: MutableMapping[str, float]) -> LayeredReference:
-        """The same with what every module gives rounded to a 16-bit type.
+        """The same with what every module takes and gives rounded to a 16-bit type.
 
         Args:
             dtype: ``float16`` or ``bfloat16``.
