@@ -3,6 +3,7 @@
     python tools/mutations.py                 prints the document's two tables
     python tools/mutations.py --write         and puts them into docs/mutations.md
     python tools/mutations.py --fault WORD    only faults with the word in their names
+    python tools/mutations.py --log FILE      keeps what was found there, and goes on from it
 
 The catalogue is tests/parity/mutations.py. A fault that is not seen, or not found where it is, ends in exit code 1.
 """
@@ -10,12 +11,14 @@ The catalogue is tests/parity/mutations.py. A fault that is not seen, or not fou
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,31 +33,51 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "mutations.md"
 BEGIN, END = "<!-- faults: begin -->", "<!-- faults: end -->"
 SEEN = "| fault | bundle | cases failed | error / limit | same best token | KL | text | found |"
+PACKAGES = ("paddlepaddle", "paddlenlp", "paddle2onnx", "onnxruntime")
 BLIND = "| fault | bundle | error / limit | what the files show |"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Outcome:
     """A fault and what was said of it.
 
     Args:
-        mutation: the fault.
-        verdict: of the check and the search.
+        name: of the fault.
+        row: of the document's table.
+        seen: whether a case can see it.
+        located: whether it lies in a layer or a file.
+        wrong: what should have been said and was not.
     """
 
-    mutation: Mutation
-    verdict: Verdict
+    name: str
+    row: str
+    seen: bool
+    located: bool
+    wrong: list[str]
 
-    def row(self) -> str:
-        """In Markdown."""
-        m, v = self.mutation, self.verdict
-        if not m.seen:
-            files = " ".join((v.files or "-").partition("\n")[2].split())
-            return f"| {m.name} | {m.subject} | {v.used:.2f} | {files} |"
-        cases = v.report.cases
-        failed = f"{sum(not c.passed for c in cases)} of {len(cases)}"
-        cells = (m.name, m.subject, failed, _ratio(v.used), *_logits(v), _text(v), _found(v))
-        return f"| {' | '.join(cells)} |"
+    @classmethod
+    def of(cls, mutation: Mutation, verdict: Verdict) -> Outcome:
+        """What is to be kept of a verdict."""
+        from mutations import complaints
+
+        return cls(
+            mutation.name,
+            _row(mutation, verdict),
+            mutation.seen,
+            bool(mutation.node or mutation.file),
+            complaints(mutation, verdict),
+        )
+
+
+def _row(m: Mutation, v: Verdict) -> str:
+    """In Markdown."""
+    if not m.seen:
+        files = " ".join((v.files or "-").partition("\n")[2].split())
+        return f"| {m.name} | {m.subject} | {v.used:.2f} | {files} |"
+    cases = v.report.cases
+    failed = f"{sum(not c.passed for c in cases)} of {len(cases)}"
+    cells = (m.name, m.subject, failed, _ratio(v.used), *_logits(v), _text(v), _found(v))
+    return f"| {' | '.join(cells)} |"
 
 
 def _ratio(used: float) -> str:
@@ -96,11 +119,17 @@ def _found(verdict: Verdict) -> str:
     if finding is None:
         return "-"
     count = len(finding.nodes)
-    return f"{finding.place}, {count} operator{'s' * (count > 1)}"
+    before = f", {len(finding.shared)} before that good layers use" if finding.shared else ""
+    return f"{finding.place}, {count} operator{'s' * (count > 1)}{before}"
 
 
-def run(chosen: Iterable[Mutation]) -> Iterator[Outcome]:
-    """Every fault in a fresh copy of its bundle."""
+def run(chosen: Iterable[Mutation], known: Mapping[str, Outcome]) -> Iterator[Outcome]:
+    """Every fault in a fresh copy of its bundle.
+
+    Args:
+        chosen: the faults.
+        known: outcomes by name, which are taken as they are.
+    """
     from made_bundles import bundle_of, make_bundle
     from mutation_subjects import read_subject
 
@@ -108,6 +137,9 @@ def run(chosen: Iterable[Mutation]) -> Iterator[Outcome]:
         exported: dict[str, Exported] = {}
         subjects: dict[str, Subject] = {}
         for number, mutation in enumerate(chosen):
+            if mutation.name in known:
+                yield known[mutation.name]
+                continue
             name = mutation.subject
             if bundle_of(name) not in exported:
                 exported[bundle_of(name)] = make_bundle(
@@ -118,16 +150,18 @@ def run(chosen: Iterable[Mutation]) -> Iterator[Outcome]:
             folder = subjects[name].copy_to(Path(root) / str(number))
             mutation.apply(subjects[name], folder)
             verdict = subjects[name].judge(folder, Path(root) / f"{number}.found")
-            yield Outcome(mutation, verdict)
+            yield Outcome.of(mutation, verdict)
 
 
 def render(outcomes: Sequence[Outcome]) -> str:
     """Both tables in Markdown."""
-    seen = [o for o in outcomes if o.mutation.seen]
-    blind = [o for o in outcomes if not o.mutation.seen]
-    located = sum(bool(o.mutation.node or o.mutation.file) for o in seen)
+    seen = [o for o in outcomes if o.seen]
+    blind = [o for o in outcomes if not o.seen]
+    located = sum(o.located for o in seen)
+    versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     lines = [
-        f"{len(seen)} faults, all seen; {located} of them lie in a layer or a file, and are found there.",
+        f"{len(seen)} faults, all seen; {located} of them lie at an operator or in a file, and are found there. "
+        f"With {versions}.",
         "",
         *_table(SEEN, seen),
     ]
@@ -142,7 +176,7 @@ def render(outcomes: Sequence[Outcome]) -> str:
 
 
 def _table(head: str, outcomes: Sequence[Outcome]) -> list[str]:
-    return [head, "|---" * (head.count("|") - 1) + "|", *(o.row() for o in outcomes)]
+    return [head, "|---" * (head.count("|") - 1) + "|", *(o.row for o in outcomes)]
 
 
 def written() -> list[tuple[str, str, bool]]:
@@ -158,24 +192,40 @@ def written() -> list[tuple[str, str, bool]]:
     return rows
 
 
+def _read(log: Path | None) -> dict[str, Outcome]:
+    """Fault → what was found of it earlier."""
+    if log is None or not log.is_file():
+        return {}
+    found = [Outcome(**json.loads(line)) for line in log.read_text("utf-8").splitlines()]
+    return {outcome.name: outcome for outcome in found}
+
+
+def _keep(log: Path | None, outcome: Outcome) -> None:
+    if log is not None:
+        with log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(outcome)) + "\n")
+
+
 def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--fault", action="append", help="only faults with this in their names")
+    parser.add_argument("--log", type=Path, help="keep what was found there, and go on from it")
     parser.add_argument("--write", action="store_true", help="put the tables into the document")
     args = parser.parse_args()
     if args.write and args.fault:
         parser.error("--write needs all faults")
     os.environ.setdefault("MKL_DEBUG_CPU_TYPE", "5")
     sys.path.insert(0, str(ROOT / "tests" / "parity"))
-    from mutations import catalogue, complaints
+    from mutations import catalogue
 
-    words = args.fault or [""]
-    outcomes = []
-    for outcome in run(m for m in catalogue() if any(word in m.name for word in words)):
+    words, known, outcomes = args.fault or [""], _read(args.log), list[Outcome]()
+    for outcome in run((m for m in catalogue() if any(w in m.name for w in words)), known):
         outcomes.append(outcome)
-        print(outcome.row(), file=sys.stderr, flush=True)
-    if wrong := [c for o in outcomes for c in complaints(o.mutation, o.verdict)]:
+        if outcome.name not in known:
+            _keep(args.log, outcome)
+            print(outcome.row, *outcome.wrong, sep="\n", file=sys.stderr, flush=True)
+    if wrong := [complaint for outcome in outcomes for complaint in outcome.wrong]:
         print(*wrong, sep="\n", file=sys.stderr)
         return 1
     tables = render(outcomes)

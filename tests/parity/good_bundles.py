@@ -1,14 +1,14 @@
 """Good bundles, one after another, none of which may fail.
 
-A graph is exported once; then its weights are replaced by those of other models of the same shape, merged by the same
-code that an export uses, and its adapter and prefix files are written anew. Every one of them is checked as an export
-checks itself, against PaddleNLP's own forward.
+A graph is exported once; then its weights are replaced by those of other models of the same shape, written by the same
+code that an export uses, and its adapter and prefix files are written anew. Every one of them goes through the whole
+of ``validate --base``: against PaddleNLP's own forward, byte by byte, and with every adapter that it keeps.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -16,21 +16,29 @@ from types import ModuleType
 import numpy as np
 import onnx
 from made_bundles import LORA, PREFIX, Exported, make_folders
-from mutation_subjects import adapted_model, behind_prefix
 
+import peft_deploy
+from peft_deploy.adapters.formats import Adapter
+from peft_deploy.adapters.formats.prefix import PrefixAdapter
 from peft_deploy.bundle import MODEL, MODEL_DATA, Manifest
 from peft_deploy.bundle.adapter_files import adapter_path
-from peft_deploy.bundle.prefixes import prefix_path, read_prefix_file
+from peft_deploy.bundle.manifest import MANIFEST
+from peft_deploy.bundle.prefixes import prefix_path
 from peft_deploy.parity import ParityReport
-from peft_deploy.parity.prefixed import PrefixedRunner
-from peft_deploy.parity.reference import PaddleReference
-from peft_deploy.runtime import Session, open_runner
-from peft_deploy.workflows.check_bundle import check_bundle, check_runner
+from peft_deploy.workflows.check_adapters import PART
+from peft_deploy.workflows.check_prefixes import IN_SLOTS
 from peft_deploy.workflows.check_weights import names_in_bundle, parts_of
 from peft_deploy.workflows.convert_adapter import convert_adapter
 from peft_deploy.workflows.sources import ExportSource
 
-MERGED, AT_RUN_TIME = "LoRA merged", "LoRA at run time"
+MERGED, AT_RUN_TIME, NO_ADAPTER = "LoRA merged", "LoRA at run time", "slots left empty"
+IN_A_SLOT = "prefix in slots"
+# A part of a report → the way that it is the check of; all others are of the bundle itself.
+WAYS = {
+    PART.format(LORA): AT_RUN_TIME,
+    f"prefix {PREFIX}": PREFIX,
+    f"prefix {PREFIX}{IN_SLOTS}": IN_A_SLOT,
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,12 +48,14 @@ class Trial:
     Args:
         model: the small model's name.
         way: merged, at run time or behind a prefix.
+        precision: of the bundle.
         seed: of weights, adapters and tokens.
-        report: of the check.
+        report: of this check alone, without its parts.
     """
 
     model: str
     way: str
+    precision: str
     seed: int
     report: ParityReport
 
@@ -57,7 +67,7 @@ class Trial:
 
 
 def run_trials(exported: Exported, folder: Path, seed: int, recipe: ModuleType) -> Iterator[Trial]:
-    """Checks a bundle with the weights of another seed: as it is, and behind its prefix if it has one.
+    """Checks a bundle with the weights of another seed: as it is, and with all that it keeps beside its weights.
 
     Args:
         exported: whose graph is used; it is left as it was.
@@ -65,48 +75,25 @@ def run_trials(exported: Exported, folder: Path, seed: int, recipe: ModuleType) 
         seed: of weights, adapters and tokens.
         recipe: models/tiny/make.py.
     """
-    with_prefix = (exported.folder / PREFIX).is_dir()
     made = make_folders(
         recipe,
         folder,
         exported.model,
         seed=seed,
         at_run_time=exported.at_run_time,
-        with_prefix=with_prefix,
+        with_prefix=(exported.folder / PREFIX).is_dir(),
     )
     source = made.source()
     _copy_with_weights(exported.bundle, made.bundle, source)
-    model = adapted_model(made.bundle, source)
-    family, config = source.family, source.config
-    if exported.at_run_time:
-        options = {"to": "onnx", "bundle": made.bundle, "force": True}
-        convert_adapter(folder / LORA, adapter_path(made.bundle, LORA), **options)  # type: ignore[arg-type]
-        session = Session(made.bundle)
-        session.load_adapter(LORA)
-        report = check_bundle(
-            made.bundle, model, family, config, runner=session.runner(LORA), seed=seed
-        )
-        yield Trial(exported.model, AT_RUN_TIME, seed, report)
-        return
-    yield Trial(
-        exported.model, MERGED, seed, check_bundle(made.bundle, model, family, config, seed=seed)
+    _write_adapters(made)
+    precision = Manifest.read(made.bundle).precision
+    report = peft_deploy.validate(
+        made.bundle, made.folder / "base", adapter=made.adapters, seed=seed
     )
-    if with_prefix:
-        reference = behind_prefix(PaddleReference(model, family, config), source)
-        report = _check_prefix(made, reference, source, seed)
-        yield Trial(exported.model, PREFIX, seed, report)
-
-
-def _check_prefix(
-    made: Exported, reference: PaddleReference, source: ExportSource, seed: int
-) -> ParityReport:
-    manifest = Manifest.read(made.bundle)
-    path = prefix_path(made.bundle, PREFIX)
-    convert_adapter(made.folder / PREFIX, path, to="onnx", bundle=made.bundle, force=True)
-    prefix = read_prefix_file(path, manifest.signature, manifest.base["fingerprint"])
-    runner = PrefixedRunner(open_runner(made.bundle), prefix)
-    room = source.family.dims(source.config).max_positions - prefix.num_tokens
-    return check_runner(made.bundle, reference, runner, room, seed=seed)
+    itself = NO_ADAPTER if exported.at_run_time else MERGED
+    yield Trial(exported.model, itself, precision, seed, report)
+    for title, part in report.parts.items():
+        yield Trial(exported.model, WAYS.get(title, itself), precision, seed, part)
 
 
 def _copy_with_weights(bundle: Path, copy: Path, source: ExportSource) -> None:
@@ -118,10 +105,22 @@ def _copy_with_weights(bundle: Path, copy: Path, source: ExportSource) -> None:
             target.mkdir()
         else:
             target.write_bytes(path.read_bytes())
-    manifest = json.loads((copy / "peft_deploy.json").read_text("utf-8"))
+    manifest = json.loads((copy / MANIFEST).read_text("utf-8"))
     manifest["base"]["fingerprint"] = source.fingerprint()
-    (copy / "peft_deploy.json").write_text(json.dumps(manifest), "utf-8")
+    known = _fingerprints(source)
+    for entry in manifest["adapters"]:
+        entry["fingerprint"] = known[entry["name"]]
+    (copy / MANIFEST).write_text(json.dumps(manifest), "utf-8")
     _replace_weights(copy, source)
+
+
+def _fingerprints(source: ExportSource) -> Mapping[str, str]:
+    """Adapter → fingerprint."""
+    given: dict[str, Adapter | PrefixAdapter] = {p.name: p.adapter for p in source.prefixes}
+    given |= {named.name: named.adapter for named in source.kept}
+    if source.adapter is not None:
+        given[source.adapter.name] = source.adapter.adapter
+    return {name: adapter.fingerprint for name, adapter in given.items()}
 
 
 def _replace_weights(bundle: Path, source: ExportSource) -> None:
@@ -137,3 +136,12 @@ def _replace_weights(bundle: Path, source: ExportSource) -> None:
             assert length == len(value) and data[start : start + length] != value
             data[start : start + length] = value
         path.with_name(MODEL_DATA).write_bytes(data)
+
+
+def _write_adapters(made: Exported) -> None:
+    """The files beside the graph, as ``adapter convert`` makes them for a bundle that is there already."""
+    lora, prefix = adapter_path(made.bundle, LORA), adapter_path(made.bundle, PREFIX)
+    files = {lora: LORA, prefix: PREFIX, prefix_path(made.bundle, PREFIX): PREFIX}
+    for path, name in files.items():
+        if path.is_file():
+            convert_adapter(made.folder / name, path, to="onnx", bundle=made.bundle, force=True)

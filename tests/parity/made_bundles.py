@@ -7,19 +7,22 @@ from pathlib import Path
 from types import ModuleType
 
 import peft_deploy
-from peft_deploy.config.export import RUNTIME, ExportOptions
+from peft_deploy.config.export import PLAIN, RUNTIME, ExportOptions
 from peft_deploy.config.precision import FP32
 from peft_deploy.workflows.sources import ExportSource, from_folders
 
 LORA, PREFIX = "lora", "prefix"
-# subject → the small model that it is, whether its adapter stays apart from the weights, and its precision
-BUNDLES = {
-    "llama": ("llama", False, FP32),
-    "llama, LoRA at run time": ("llama", True, FP32),
-    "opt": ("opt", False, FP32),
-    "bloom": ("bloom", False, FP32),
-    "bert": ("bert-embedding", False, FP32),
-    "llama, int4": ("llama", False, "int4"),
+NOT_FUSED = "llama, not fused"
+# subject → the small model that it is, whether its adapter stays apart from the weights, its precision, and how far
+# operators are put together, as an export does by default where that is None
+BUNDLES: dict[str, tuple[str, bool, str, str | None]] = {
+    "llama": ("llama", False, FP32, None),
+    NOT_FUSED: ("llama", False, FP32, PLAIN),
+    "llama, LoRA at run time": ("llama", True, FP32, None),
+    "opt": ("opt", False, FP32, None),
+    "bloom": ("bloom", False, FP32, None),
+    "bert": ("bert-embedding", False, FP32, None),
+    "llama, int4": ("llama", False, "int4", None),
 }
 BEHIND_PREFIX = "llama behind a prefix"
 SUBJECTS = (*BUNDLES, BEHIND_PREFIX)
@@ -80,13 +83,21 @@ def make_folders(
     return Exported(model, folder, at_run_time)
 
 
-def export(made: Exported, precision: str = FP32) -> Exported:
-    """Writes the bundle. Its graph is not fused: faults are put into single steps of it."""
+def export(made: Exported, precision: str = FP32, fuse: str | None = None) -> Exported:
+    """Writes the bundle, with slots for the prefix if it has one and adapters stay apart from the weights.
+
+    Args:
+        made: the model and its adapters.
+        precision: of the bundle.
+        fuse: how far operators are put together; None as an export does it by default.
+    """
+    with_prefix = (made.folder / PREFIX).is_dir()
     options = ExportOptions(
-        fuse="none",
+        fuse=fuse,
         precision=precision,
         validate=False,
         adapters=RUNTIME if made.at_run_time else None,
+        prefix_slots=with_prefix and made.at_run_time,
     )
     peft_deploy.export(made.folder / "base", made.bundle, adapter=made.adapters, options=options)
     return made
@@ -100,10 +111,10 @@ def make_bundle(name: str, folder: Path, recipe: ModuleType) -> Exported:
         folder: an empty folder.
         recipe: models/tiny/make.py.
     """
-    model, at_run_time, precision = BUNDLES[name]
+    model, at_run_time, precision, fuse = BUNDLES[name]
     with_prefix = name == bundle_of(BEHIND_PREFIX)
     made = make_folders(recipe, folder, model, at_run_time=at_run_time, with_prefix=with_prefix)
-    return export(made, precision)
+    return export(made, precision, fuse)
 
 
 def bundle_of(name: str) -> str:

@@ -30,6 +30,8 @@ class Mutation:
         layer: the layer that it has to name; None for faults that are in no layer, or in all.
         seen: whether a case can see it; what none can see has to be seen in the bundle's files.
         runs: whether the graph still runs in every case.
+        cancels: whether a layer that needs the operator gives the right numbers all the same (turning q and k alike
+            leaves their products as they were): the search then names it among those that good layers use, too.
         file: a tensor of a file beside the graph, or one of blocks, that the search has to name as wrong.
     """
 
@@ -40,6 +42,7 @@ class Mutation:
     layer: str | None = None
     seen: bool = True
     runs: bool = True
+    cancels: bool = False
     file: str = ""
 
 
@@ -60,16 +63,18 @@ def complaints(mutation: Mutation, verdict: Verdict) -> list[str]:
         wrong.append(f"{mutation.name}: it is not found in {mutation.layer}, but {found}")
     if mutation.node and (
         found is None
-        or not _is_suspected(mutation.node, found)
+        or not _is_suspected(mutation, found)
         or mutation.layer not in (None, found.layer)
     ):
         wrong.append(f"{mutation.name}: {mutation.node} is not found, but {found}")
     return wrong
 
 
-def _is_suspected(node: str, found: Finding) -> bool:
+def _is_suspected(mutation: Mutation, found: Finding) -> bool:
     """Whether an operator is named; of a packed layer's part, which has none of its own, whether its result is."""
-    return node in found.nodes or found.value.startswith(f"{node}_output")
+    if mutation.cancels:
+        return mutation.node in found.shared
+    return mutation.node in found.nodes or found.value.startswith(f"{mutation.node}_output")
 
 
 def in_graph(*edits: Edit) -> Break:
@@ -100,13 +105,17 @@ def catalogue() -> list[Mutation]:
     from mutations_adapter import ADAPTER_MUTATIONS, FILE_MUTATIONS
     from mutations_decoder import GRAPH_MUTATIONS
     from mutations_families import FAMILY_MUTATIONS
+    from mutations_positions import POSITION_MUTATIONS
     from mutations_quantized import QUANTIZED_MUTATIONS
+    from mutations_steps import STEP_MUTATIONS
     from mutations_weights import WEIGHT_MUTATIONS
 
     return [
         *ADAPTER_MUTATIONS,
         *WEIGHT_MUTATIONS,
         *GRAPH_MUTATIONS,
+        *POSITION_MUTATIONS,
+        *STEP_MUTATIONS,
         *FAMILY_MUTATIONS,
         *FILE_MUTATIONS,
         *QUANTIZED_MUTATIONS,

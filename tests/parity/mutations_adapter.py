@@ -222,6 +222,7 @@ def shortened(tensors: dict[str, Array]) -> dict[str, Array]:
 
 
 AT_RUN_TIME = "llama, LoRA at run time"
+# Of the layers that are packed, the last one's branch comes first in the graph, and so is the first to be found.
 FILE_MUTATIONS = [
     Mutation(
         "prefix: key and value swapped",
@@ -278,21 +279,21 @@ FILE_MUTATIONS = [
         AT_RUN_TIME,
         in_adapter(scaled_B(0.5)),
         layer=L0,
-        file="model.layers.0.self_attn.q_proj.lora_B.weight",
+        file="model.layers.0.self_attn.v_proj.lora_B.weight",
     ),
     Mutation(
         "adapter file: scaled by 1.01",
         AT_RUN_TIME,
         in_adapter(scaled_B(1.01)),
         layer=L0,
-        file="model.layers.0.self_attn.q_proj.lora_B.weight",
+        file="model.layers.0.self_attn.v_proj.lora_B.weight",
     ),
     Mutation(
         "adapter file: one layer missing",
         AT_RUN_TIME,
         in_adapter(without("layers.1.")),
         layer=L1,
-        file="model.layers.1.self_attn.q_proj.lora_B.weight",
+        file="model.layers.1.self_attn.v_proj.lora_B.weight",
     ),
     Mutation(
         "adapter file: A of two layers swapped",
@@ -308,7 +309,7 @@ FILE_MUTATIONS = [
             lambda t: {**t, **exchanged("lora_B", "gate_proj", "up_proj")(only(t, "layers.1"))}
         ),
         layer=L1,
-        file="model.layers.1.mlp.gate_proj.lora_B.weight",
+        file="model.layers.1.mlp.up_proj.lora_B.weight",
     ),
     Mutation(
         "adapter file: last rank lost in one layer",

@@ -27,14 +27,6 @@ BLOOM, BLOOM_NODE, BLOOM_WEIGHT = "bloom.h.1", "/transformer/h.1", "transformer.
 BERT, BERT_NODE, BERT_WEIGHT = "encoder.layers.1", "/encoder/layers.1", "encoder.layer.1"
 
 
-def exact_gelu(graph: GraphEdit) -> None:
-    """x/2 · (1 + erf(x/√2)) in place of the approximation with tanh."""
-    name = f"{BLOOM_NODE}/mlp/Tanh"
-    x = graph.node(f"{BLOOM_NODE}/mlp/Mul").input[0]
-    graph.node(name).input[0] = graph.add(name, "Mul", x, graph.constant(2**-0.5))
-    graph.node(name).op_type = "Erf"
-
-
 def gelu_for_relu(graph: GraphEdit) -> None:
     name = f"{OPT_NODE}/Relu"
     x = graph.node(name).input[0]
@@ -157,8 +149,8 @@ FAMILY_MUTATIONS = [
     Mutation(
         "exact GELU in place of the one with tanh",
         "bloom",
-        in_graph(exact_gelu),
-        f"{BLOOM_NODE}/mlp/Tanh",
+        in_graph(attribute(f"{BLOOM_NODE}/mlp/Gelu", "approximate", "none")),
+        f"{BLOOM_NODE}/mlp/Gelu",
         BLOOM,
     ),
     Mutation(

@@ -12,7 +12,7 @@ from mutations import Break, Mutation, in_graph, with_subject
 from peft_deploy.weights import BlockQuantized
 
 LAYER, FOLDER = "llama.layers.1", "/model/layers.1"
-DOWN, V = "mlp.down_proj", "self_attn.v_proj"
+DOWN, OUT = "mlp.down_proj", "self_attn.o_proj"
 NUMBERS, SCALES = "quantized", "scales"
 ZERO_POINTS = 3  # input of MatMulNBits; two of them in a byte
 
@@ -65,18 +65,18 @@ def zero_points_of_seven(graph: GraphEdit) -> None:
 
 
 def adapter_left_out(subject: Subject, graph: GraphEdit) -> None:
-    base = subject.base[f"model.layers.1.{V}.weight"]
-    for suffix, value in BlockQuantized(4).encode(base, V).items():
-        graph.set_weight(part(V, suffix.removeprefix(".")), value)
+    base = subject.base[f"model.layers.1.{OUT}.weight"]
+    for suffix, value in BlockQuantized(4).encode(base, OUT).items():
+        graph.set_weight(part(OUT, suffix.removeprefix(".")), value)
 
 
 QUANTIZED_MUTATIONS = [
     changed("blocks of a weight shifted by one", DOWN, NUMBERS, shifted),
     changed("scales of two blocks swapped", DOWN, SCALES, exchanged),
     changed("one number of a block one step off", DOWN, NUMBERS, one_step),
-    changed("the two numbers of every byte swapped", V, NUMBERS, halves_exchanged),
-    changed("scales of a weight in half precision", V, SCALES, lambda s: s.astype(np.float16)),
-    one("adapter left out of a quantized weight", V, NUMBERS, with_subject(adapter_left_out)),
+    changed("the two numbers of every byte swapped", OUT, NUMBERS, halves_exchanged),
+    changed("scales of a weight in half precision", OUT, SCALES, lambda s: s.astype(np.float16)),
+    one("adapter left out of a quantized weight", OUT, NUMBERS, with_subject(adapter_left_out)),
     Mutation(
         "zero point off by one",
         "llama, int4",

@@ -152,27 +152,31 @@ WEIGHT_MUTATIONS = [
         L1,
     ),
     Mutation(
-        "one layer repeated", "llama", in_graph(repeated), f"{NODE1}/input_layernorm/Mul_2", L1
+        "one layer repeated",
+        "llama",
+        in_graph(repeated),
+        f"{NODE1}/input_layernorm/RMSNormalization",
+        L1,
     ),
     Mutation(
         "norms of a layer swapped",
         "llama",
         in_graph(exchange(weight(NORM), weight(POST))),
-        f"{NODE1}/input_layernorm/Mul_2",
+        f"{NODE1}/input_layernorm/RMSNormalization",
         L1,
     ),
     Mutation(
         "norm of another layer",
         "llama",
         in_graph(exchange(f"model.layers.0.{POST}.weight", weight(POST))),
-        "/model/layers.0/post_attention_layernorm/Mul_2",
+        "/model/layers.0/post_attention_layernorm/RMSNormalization",
         "llama.layers.0",
     ),
     Mutation(
         "weight of the last norm left out",
         "llama",
         in_graph(change("model.norm.weight", np.ones_like)),
-        "/model/norm/Mul_2",
+        "/model/norm/RMSNormalization",
     ),
     Mutation(
         "two columns of the head swapped",
@@ -196,7 +200,7 @@ WEIGHT_MUTATIONS = [
         "rotation wrong at the last position",
         "llama",
         in_graph(rope_row(63)),
-        "/model/Gather_1",
+        "/model/layers.0/self_attn/RotaryEmbedding",
     ),
     Mutation(
         "rotation wrong at position 50, where no text is",
