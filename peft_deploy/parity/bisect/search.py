@@ -168,6 +168,10 @@ def _search(
     layers = [p for p in places if is_layer(p) and judge.knows(p)]
     good, bad = _first_bad_layer(layers, judge, graph)
     start = max((p.position for p in good), default=-1)
+    if good and layers[0].value not in judge.shares:
+        # Noise grows with depth, and what is near its limit proves nothing of the operators that all layers share.
+        first, is_good = judge.probe(layers[0], graph)
+        good += [first] if is_good else []
     if bad is None:
         # It may be behind all layers, or a cache that is handed out wrongly in any of them.
         near = [p for p in places if p.what == GRAPH or p.position > start]
