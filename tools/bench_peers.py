@@ -59,6 +59,8 @@ def _measure(args: argparse.Namespace) -> Run:
         "TRANSFORMERS_VERBOSITY": "error",
         "HF_HUB_OFFLINE": "1",
     }
+    # The others' environment has its byte code; ours gets it with the first run, as anybody's does.
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     shop = Workshop(args.work, environment)
     for build in preparations(base, shop):
         shop.make(build)

@@ -15,7 +15,7 @@ set -euo pipefail
 TOOLS=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=tools/_venv.sh
 source "$TOOLS/_venv.sh"
-ensure_venv
+ensure_venv || exit 1
 
 NEWER=$TOOLS/.venv-newer-onnx
 PACKAGES=(onnx==1.23.2 onnxruntime==1.32.0)
