@@ -31,7 +31,10 @@ def cache_folder() -> Path | None:
     if named is not None:
         return Path(named).expanduser() / "graphs" if named else None
     caches = os.environ.get("XDG_CACHE_HOME")
-    return (Path(caches) if caches else Path.home() / ".cache") / "peft-deploy" / "graphs"
+    try:
+        return (Path(caches) if caches else Path.home() / ".cache") / "peft-deploy" / "graphs"
+    except RuntimeError:  # a user without a home, as in some containers
+        return None
 
 
 class GraphCache:
@@ -61,7 +64,8 @@ class GraphCache:
             shutil.copytree(self._entry, taken)
             if json.loads((taken / HASHES_FILE).read_text("utf-8")) != _hashes(taken):
                 return False
-            os.utime(self._entry)  # used last
+            with contextlib.suppress(OSError):  # of a cache that may only be read
+                os.utime(self._entry)  # used last
             shutil.copytree(taken, folder, dirs_exist_ok=True)
         except (OSError, ValueError):  # shutil.Error is an OSError
             return False

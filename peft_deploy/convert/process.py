@@ -101,7 +101,8 @@ class ConversionJob:
             os.close(writing)
         if self._format == ONNX:
             # Two seconds of Python that would begin when the graph is there; meanwhile the caller writes weights.
-            self._importing = threading.Thread(target=_import_libraries, daemon=True)
+            # No daemon: a process that ends early, for an error elsewhere, must not take itself apart meanwhile.
+            self._importing = threading.Thread(target=_import_libraries)
             self._importing.start()
 
     def _start(self, writing: int) -> subprocess.Popen[bytes]:
@@ -157,6 +158,7 @@ class ConversionJob:
         ):  # empty: the child closed its end or died
             on_phase(lines.decode().splitlines()[-1])  # the ones before it are over already
         status = self._process.wait()
+        self.wait_for_imports()  # of what reads the graph
         if debugging():
             with contextlib.suppress(OSError):
                 sys.stderr.write(self._log())
@@ -201,8 +203,9 @@ class ConversionJob:
 
 def _import_libraries() -> None:
     """What reads and fuses graphs. Nothing of this package, whose modules the caller may be importing right now."""
-    for library in ("onnx_ir", "onnxscript.rewriter.pattern"):
-        importlib.import_module(library)
+    with contextlib.suppress(ImportError):  # the caller will meet it, and can say it
+        for library in ("onnx_ir", "onnxscript.rewriter.pattern"):
+            importlib.import_module(library)
 
 
 def _rebuild(error: Mapping[str, Any]) -> PeftDeployError:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from peft_deploy.convert import ConversionJob
+from peft_deploy.convert import ConversionJob, process
 from peft_deploy.errors import ConverterCrashError, UnsupportedModelError
 
 pytestmark = [pytest.mark.convert, pytest.mark.usefixtures("no_graph_cache")]
@@ -43,6 +47,37 @@ def test_nothing_is_left_in_the_users_home(
     with ConversionJob(config, 17) as job:
         job.result(lambda _title: None)
     assert list(tmp_path.rglob("*")) == []
+
+
+def test_the_graph_is_read_when_nothing_is_imported_any_more(
+    config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What two threads import at once, they may see half-made."""
+    ended, imported = threading.Event(), list[bool]()
+
+    def slow() -> None:
+        ended.wait(600)
+        time.sleep(0.5)
+        imported.append(True)
+
+    def read(_job: ConversionJob) -> list[bool]:
+        return list(imported)
+
+    def phase(title: str) -> None:
+        if title == "Converting to ONNX":
+            ended.set()
+
+    monkeypatch.setattr(process, "_import_libraries", slow)
+    monkeypatch.setattr(ConversionJob, "_read", read)
+    monkeypatch.setattr(ConversionJob, "_start", ended_child)
+    with ConversionJob(config, 17) as job:
+        assert job.result(phase) == [True]
+
+
+def ended_child(_job: ConversionJob, events: int) -> subprocess.Popen[bytes]:
+    """Says that it converts, and ends."""
+    script = f"import os; os.write({events}, b'Converting to ONNX\\n')"
+    return subprocess.Popen([sys.executable, "-S", "-c", script], pass_fds=(events,))
 
 
 def test_a_child_that_dies_is_an_error_with_its_log(config: dict[str, Any]) -> None:

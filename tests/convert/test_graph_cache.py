@@ -97,6 +97,29 @@ def test_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not taken(tmp_path / "again")
 
 
+def test_a_user_without_a_home_keeps_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in (CACHE_VARIABLE, "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    assert cache_folder() is None
+
+
+def test_a_cache_that_can_only_be_read_is_read(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep(tmp_path / "made")
+
+    def refused(path: Path, *_: object, **__: object) -> None:
+        if cache in Path(path).parents:
+            raise PermissionError(path)
+
+    monkeypatch.setattr(os, "utime", refused)
+    assert taken(tmp_path / "after")
+
+
 def test_the_oldest_are_forgotten(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
