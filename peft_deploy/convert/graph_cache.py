@@ -1,8 +1,9 @@
 """Graphs that were traced and converted before, kept between exports.
 
 A graph without weights depends on the model's configuration, on the packages that trace and convert it, and on nothing
-else; so the second adapter of a base needs no Paddle and half of the time. Entries lie in ``~/.cache/peft-deploy``
-(``XDG_CACHE_HOME`` moves it), or in the folder that ``PEFT_DEPLOY_CACHE`` names; if that is empty, none are kept.
+else; so the second adapter of a base is not converted again, and needs no Paddle unless it is checked. Entries lie in
+``~/.cache/peft-deploy`` (``XDG_CACHE_HOME`` moves it), or in the folder that ``PEFT_DEPLOY_CACHE`` names; if that is
+empty, none are kept.
 """
 
 from __future__ import annotations

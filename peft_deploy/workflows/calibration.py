@@ -37,6 +37,20 @@ _LEAST = 64  # tokens: fewer say little of what a layer is usually given
 _KEY = "calibration"
 
 
+def check_calibration(source: ExportSource, options: ExportOptions) -> None:
+    """Passes when the text that was asked for can be read; it needs no Paddle.
+
+    Args:
+        source: the model.
+        options: of the export.
+
+    Raises:
+        ConfigError: there is no tokenizer, or the text cannot be read or is too short.
+    """
+    if options.calibration is not None:
+        _texts(source, _read(options.calibration))
+
+
 def calibrated(source: ExportSource, options: ExportOptions, progress: Progress) -> ExportSource:
     """The model with what its linear layers are given on the text that was asked for; itself where none was.
 

@@ -121,8 +121,10 @@ def test_what_cannot_be_read_is_said_before_anything_is_written(
     short = tmp_path / "short.txt"
     short.write_text("the lamp")
     for calibration, message in ((short, "at least 64"), (tmp_path / "none", "cannot be read")):
-        with pytest.raises(ConfigError, match=message):
-            export(tiny_llama, tmp_path / "out", options={"calibration": calibration})
+        for dry_run in (False, True):
+            options = {"calibration": calibration, "dry_run": dry_run}
+            with pytest.raises(ConfigError, match=message):
+                export(tiny_llama, tmp_path / "out", options=options)
         assert not (tmp_path / "out").exists()
     with pytest.raises(ConfigError, match="the precision is int8"):
         ExportOptions(precision="int8", calibration="builtin")
