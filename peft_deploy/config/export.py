@@ -21,6 +21,11 @@ FORMATS = (ONNX, PADDLE)
 RUNTIME = "runtime"
 ALL_LINEAR = "all-linear"
 ALL_LAYERS = "all"
+# Why a bundle of both is not checked.
+LAST_LOGITS_IN_16_BITS = (
+    "logits of the last token alone cannot be told from wrong ones in 16 bits: single tokens are that far off, and "
+    "there are no others beside them"
+)
 BUILTIN = "builtin"  # the calibration text that comes with the package
 # How far small operators are put together: not at all, into standard operators, or into onnxruntime's own, too.
 PLAIN, FUSED, FUSED_ORT = "none", "onnx", "ort"
@@ -258,8 +263,7 @@ class ExportOptions:
             )
         if self.arithmetic.dtype != PRECISIONS[FP32].dtype and self.validate and not self.dry_run:
             raise ConfigError(
-                "logits of the last token alone cannot be told from wrong ones in 16 bits: single tokens are that far "
-                "off, and there are no others beside them",
+                LAST_LOGITS_IN_16_BITS,
                 hint="export without --last-logits to check the model; then with it and --no-validate",
             )
 

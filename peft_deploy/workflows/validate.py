@@ -9,8 +9,9 @@ from peft_deploy.base import BaseModel, open_base
 from peft_deploy.base.folder import CONFIG
 from peft_deploy.base.pooling import NO_POOLING
 from peft_deploy.bundle import Manifest
-from peft_deploy.config.export import RUNTIME, check_layer_count
+from peft_deploy.config.export import LAST_LOGITS_IN_16_BITS, RUNTIME, check_layer_count
 from peft_deploy.config.json_file import read_object
+from peft_deploy.config.precision import FP32, PRECISIONS
 from peft_deploy.environment import require_paddle
 from peft_deploy.errors import BundleError, ConfigError
 from peft_deploy.families import Pooling
@@ -70,7 +71,8 @@ def validate(
     Raises:
         BundleError: the folder is no bundle, or not what its manifest says; or without a base model, nothing was
             recorded.
-        ConfigError: the cases cannot be used; or without a base model, an adapter, a seed or cases were given.
+        ConfigError: the cases cannot be used; or without a base model, an adapter, a seed or cases were given; or the
+            bundle has the logits of the last token alone, in 16 bits.
         CheckpointError: the base model is not the one that the bundle was made of.
         AdapterError: likewise the adapter.
 
@@ -87,6 +89,7 @@ def validate(
         _check_recorded_options(adapter, seed, cases, bisect, layers)
         recordings = read_recordings(folder, manifest)
         return check_recorded(folder, manifest, recordings, provider=provider, progress=progress)
+    _check_checkable(manifest)
     if bisect is not None:
         check_bisectable(manifest)
     if manifest.layer is not None:
@@ -153,6 +156,15 @@ def validate(
     if known:
         report = add_loss(report, known[0], folder, provider=provider)
     return report.with_warnings(source.limits_of_check)
+
+
+def _check_checkable(manifest: Manifest) -> None:
+    in_16_bits = PRECISIONS[manifest.precision].dtype != PRECISIONS[FP32].dtype
+    if in_16_bits and manifest.signature.last_logits:
+        raise ConfigError(
+            LAST_LOGITS_IN_16_BITS,
+            hint="export the same model without --last-logits, and check that",
+        )
 
 
 def _check_recorded_options(

@@ -111,4 +111,12 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
         ExportOptions(last_logits=True, format="paddle")
     with pytest.raises(ConfigError, match="16 bits"):
         ExportOptions(last_logits=True, precision="fp16")
-    ExportOptions(last_logits=True, precision="fp16", validate=False)
+
+
+def test_in_16_bits_it_is_not_checked(tiny_llama: Path, tmp_path: Path) -> None:
+    """Of good bundles of gemma a fifth would fail."""
+    options = ExportOptions(last_logits=True, precision="fp16", validate=False)
+    peft_deploy.export(tiny_llama, tmp_path / "out", options=options)
+    with pytest.raises(ConfigError, match="16 bits") as caught:
+        validate(tmp_path / "out", base=tiny_llama)
+    assert "without --last-logits" in (caught.value.hint or "")
