@@ -50,6 +50,9 @@ def test_it_generates_what_all_logits_generate(bundle: Path, merged_bundle: Path
         assert found == wanted
     right = GenerationOptions(max_new_tokens=2, padding="right")
     assert last.generate(PROMPTS[:1], right)[0].token_ids == found[0][:2]
+    alike = [PROMPTS[0], PROMPTS[0][::-1]]  # nothing is padded
+    rows = [[r.token_ids for r in one.generate(alike, right)] for one in (last, whole)]
+    assert rows[0] == rows[1]
     with pytest.raises(ConfigError, match="padded on the right"):
         last.generate(PROMPTS, right)
 
