@@ -132,7 +132,11 @@ class GenerationRun:
         self._runner = caching(runner)
         self._options = options
         self._batch = pad_batch(prompts, options.pad_id, options.padding)
-        if runner.signature.last_logits and options.padding == "right" and len({*map(len, prompts)}) > 1:
+        if (
+            runner.signature.last_logits
+            and options.padding == "right"
+            and len({*map(len, prompts)}) > 1
+        ):
             raise ConfigError(
                 "this bundle computes the logits of the last place only, where a prompt that is padded on the right "
                 "has no token",
