@@ -261,7 +261,7 @@ class ExportOptions:
                 "the logits of the last token alone are cut out of the ONNX graph; the format is Paddle's own",
                 hint="leave --last-logits out, or --format paddle",
             )
-        if self.arithmetic.dtype != PRECISIONS[FP32].dtype and self.validate and not self.dry_run:
+        if self.arithmetic.in_16_bits and self.validate and not self.dry_run:
             raise ConfigError(
                 LAST_LOGITS_IN_16_BITS,
                 hint="export without --last-logits to check the model; then with it and --no-validate",

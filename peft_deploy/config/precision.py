@@ -28,6 +28,11 @@ class Precision:
         """Whether any weights are kept as small whole numbers."""
         return self.bits is not None
 
+    @property
+    def in_16_bits(self) -> bool:
+        """Whether it computes in 16 bits, and not in float32."""
+        return self.dtype != "float32"
+
 
 FP32 = "fp32"
 CALIBRATED_BITS = 4  # of weights whose scales a text can choose; 8 bits are fine enough

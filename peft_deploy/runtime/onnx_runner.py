@@ -49,9 +49,9 @@ EXECUTION_PROVIDERS: dict[str, str] = {
 _PROVIDER_OPTIONS: dict[str, dict[str, str]] = {"cuda": {"use_tf32": "0"}}
 _QUIET = 4  # only what ends the process; errors arrive as exceptions with the same words
 _WARNINGS = 2
-_NO_PREPACKING = "session.disable_prepacking"
+NO_PREPACKING = "session.disable_prepacking"
 # Where onnxruntime is to look for the weights of a model that it gets as bytes.
-_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
+WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 class OnnxRunner:
@@ -261,14 +261,14 @@ def _open(
         options.intra_op_num_threads = threads
     if lean:
         options.enable_cpu_mem_arena = False
-        options.add_session_config_entry(_NO_PREPACKING, "1")
+        options.add_session_config_entry(NO_PREPACKING, "1")
     if provider == "cuda":
         ort.preload_dlls()  # CUDA's libraries may come from pip
         options.add_session_config_entry(RECORD, "1")
     try:
         graph = exact_model(path) if graph is None else graph
         if graph is not None:
-            options.add_session_config_entry(_WEIGHTS_FOLDER, str(path.parent))
+            options.add_session_config_entry(WEIGHTS_FOLDER, str(path.parent))
         session = ort.InferenceSession(
             graph or str(path), options, providers=[(wanted, _PROVIDER_OPTIONS.get(provider, {}))]
         )

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from peft_deploy.adapters.formats.peft_writer import ArraySource
 from peft_deploy.bundle import Manifest
 from peft_deploy.bundle.folder import sha256
 from peft_deploy.config.export import BUILTIN, ExportOptions
-from peft_deploy.config.precision import CALIBRATED_BITS
+from peft_deploy.config.precision import CALIBRATED_BITS, Precision
 from peft_deploy.environment import require_paddle
 from peft_deploy.errors import BundleError, CheckpointError, ConfigError, listed
 from peft_deploy.families import EncoderDecoderFamily
@@ -37,42 +37,60 @@ _LEAST = 64  # tokens: fewer say little of what a layer is usually given
 _KEY = "calibration"
 
 
-def check_calibration(source: ExportSource, options: ExportOptions) -> None:
-    """Passes when the text that was asked for can be read; it needs no Paddle.
+@dataclass(frozen=True)
+class CalibrationText:
+    """What a model is to read for its scales to be chosen.
 
     Args:
-        source: the model.
-        options: of the export.
-
-    Raises:
-        ConfigError: there is no tokenizer, or the text cannot be read or is too short.
+        name: of the text.
+        sha256: of the text, as hexadecimal digits.
+        pieces: of it, each short enough for the model.
     """
-    if options.calibration is not None:
-        _texts(source, _read(options.calibration))
+
+    name: str
+    sha256: str
+    pieces: Sequence[Text]
 
 
-def calibrated(source: ExportSource, options: ExportOptions, progress: Progress) -> ExportSource:
-    """The model with what its linear layers are given on the text that was asked for; itself where none was.
-
-    With an adapter that is merged, it is active; those that stay apart are not.
+def read_calibration(source: ExportSource, options: ExportOptions) -> CalibrationText | None:
+    """The text that was asked for, None where none was; it needs no Paddle.
 
     Args:
         source: the model.
         options: of the export.
-        progress: gets phases.
 
     Raises:
         ConfigError: there is no tokenizer, or the text cannot be read or is too short.
     """
     if options.calibration is None:
-        return source
+        return None
+    text = _read(options.calibration)
+    name = BUILTIN if options.calibration == BUILTIN else Path(options.calibration).name
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return CalibrationText(name, digest, _texts(source, text))
+
+
+def calibrated(
+    source: ExportSource, text: CalibrationText, precision: Precision, progress: Progress
+) -> ExportSource:
+    """The model with what its linear layers are given while it reads a text.
+
+    With an adapter that is merged, it is active; those that stay apart are not.
+
+    Args:
+        source: the model.
+        text: that it reads.
+        precision: of the bundle.
+        progress: gets phases.
+
+    Raises:
+        CheckpointError: activations are not finite.
+    """
     require_paddle("calibration")
     from peft_deploy.parity.activations import mean_squares
     from peft_deploy.parity.reference import PaddleReference
 
-    text = _read(options.calibration)
-    texts = _texts(source, text)
-    plan = storage_plan(source, options.arithmetic)
+    plan = storage_plan(source, precision)
     weights = {
         name
         for name, storage in plan.items()
@@ -82,7 +100,8 @@ def calibrated(source: ExportSource, options: ExportOptions, progress: Progress)
     }
     model = source.load_reference(progress)
     progress.phase("Reading the calibration text")
-    squares = mean_squares(PaddleReference(model, source.family, source.config), texts, weights)
+    reference = PaddleReference(model, source.family, source.config)
+    squares = mean_squares(reference, text.pieces, weights)
     bad = sorted(name for name, values in squares.items() if not np.isfinite(values).all())
     if bad:
         raise CheckpointError(f"activations of the model are not finite:\n{listed(bad)}")
@@ -92,10 +111,8 @@ def calibrated(source: ExportSource, options: ExportOptions, progress: Progress)
             f"nearest:\n{listed(unseen)}",
             stacklevel=3,
         )
-    name = BUILTIN if options.calibration == BUILTIN else Path(options.calibration).name
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    importance = Importance(squares, name, digest, sum(map(len, texts)))
-    return replace(source, importance=importance)
+    tokens = sum(map(len, text.pieces))
+    return replace(source, importance=Importance(squares, text.name, text.sha256, tokens))
 
 
 def _read(calibration: str | Path) -> str:

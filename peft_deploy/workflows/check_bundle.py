@@ -64,8 +64,9 @@ def check_bundle(
     from peft_deploy.parity.reference import PaddleReference
 
     reference = PaddleReference(model, family, config)
-    expected = reference.signature.with_cache_in(arithmetic_of(folder))
-    if Manifest.read(folder).signature.last_logits:
+    manifest = Manifest.read(folder)
+    expected = reference.signature.with_cache_in(precision_dtype(manifest.precision))
+    if manifest.signature.last_logits:
         expected = expected.with_last_logits()
     runner = runner or open_runner(folder, expected, provider=provider)
     report = check_runner(

@@ -17,7 +17,7 @@ from peft_deploy.convert import ConversionJob
 from peft_deploy.environment import require_paddle
 from peft_deploy.errors import ConfigError, ParityError
 from peft_deploy.progress import Progress, Silent
-from peft_deploy.workflows.calibration import calibrated, check_calibration
+from peft_deploy.workflows.calibration import calibrated, read_calibration
 from peft_deploy.workflows.check_extras import CheckExtras, plan_extras
 from peft_deploy.workflows.contents import fill_bundle
 from peft_deploy.workflows.description import plan_lines
@@ -111,7 +111,7 @@ def export(
     _check_combination(base, adapter, options)
     if options.dry_run:
         source = _source(base, adapter, tokenizer, options)
-        check_calibration(source, options)
+        read_calibration(source, options)  # refuses what cannot be read
         plan = plan_lines(source, options)
         return ExportResult(output, None, None, clock.done(), _peak(), plan)
     with ExitStack() as stack:
@@ -128,10 +128,9 @@ def export(
             )
         extras = plan_extras(options, source)
         folder = stack.enter_context(BundleFolder(output, force=options.force))
-        check_calibration(source, options)
-        if options.calibration is not None:
+        if text := read_calibration(source, options):
             job.wait_for_imports()  # Paddle is imported next
-        source = calibrated(source, options, clock)
+            source = calibrated(source, text, options.arithmetic, clock)
         manifest = fill_bundle(folder, source, job, options, clock)
         report = None
         if options.validate:

@@ -11,7 +11,7 @@ from peft_deploy.base.pooling import NO_POOLING
 from peft_deploy.bundle import Manifest
 from peft_deploy.config.export import LAST_LOGITS_IN_16_BITS, RUNTIME, check_layer_count
 from peft_deploy.config.json_file import read_object
-from peft_deploy.config.precision import FP32, PRECISIONS
+from peft_deploy.config.precision import PRECISIONS
 from peft_deploy.environment import require_paddle
 from peft_deploy.errors import BundleError, ConfigError
 from peft_deploy.families import Pooling
@@ -159,8 +159,7 @@ def validate(
 
 
 def _check_checkable(manifest: Manifest) -> None:
-    in_16_bits = PRECISIONS[manifest.precision].dtype != PRECISIONS[FP32].dtype
-    if in_16_bits and manifest.signature.last_logits:
+    if PRECISIONS[manifest.precision].in_16_bits and manifest.signature.last_logits:
         raise ConfigError(
             LAST_LOGITS_IN_16_BITS,
             hint="export the same model without --last-logits, and check that",

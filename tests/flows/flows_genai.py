@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+
+needs_genai = pytest.mark.skipif(
+    sys.version_info < (3, 11), reason="onnxruntime-genai 0.18 needs Python 3.11"
+)
 
 
 class Genai:

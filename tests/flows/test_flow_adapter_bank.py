@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from flows_adapter import adapter_for
-from flows_genai import Genai, ours
+from flows_genai import Genai, needs_genai, ours
 from model_recipes import load_recipe
 
 import peft_deploy
@@ -171,7 +170,7 @@ def test_a_bank_is_not_bisected(bank: Path, tiny_llama: Path, tmp_path: Path) ->
         validate(bank, tiny_llama, bisect=tmp_path / "found")
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="onnxruntime-genai needs Python 3.11")
+@needs_genai
 def test_genai_takes_ids_and_the_stacked_file(bank: Path) -> None:
     genai, session = Genai(bank), _loaded(bank)
     genai.load(bank / "adapter_bank.onnx_adapter")

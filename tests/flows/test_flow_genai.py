@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 from flows_adapter import adapter_for
-from flows_genai import Genai, ours
+from flows_genai import Genai, needs_genai, ours
 from flows_prefix import prefix_by_us
 
 import peft_deploy
@@ -21,9 +20,7 @@ from peft_deploy.runtime import Session
 
 pytestmark = [
     pytest.mark.convert,
-    pytest.mark.skipif(
-        sys.version_info < (3, 11), reason="onnxruntime-genai 0.18 needs Python 3.11"
-    ),
+    needs_genai,
 ]
 
 RAGGED = [[3, 17, 5, 9, 40, 33], [8, 5, 6], [40, 99, 33, 7, 1, 9, 12, 4]]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 from click.testing import CliRunner
-from flows_genai import Genai, ours
+from flows_genai import Genai, needs_genai, ours
 from model_recipes import load_recipe
 
 import peft_deploy
@@ -57,7 +56,7 @@ def test_it_generates_what_all_logits_generate(bundle: Path, merged_bundle: Path
         last.generate(PROMPTS, right)
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="onnxruntime-genai 0.18 needs Python 3.11")
+@needs_genai
 def test_onnxruntime_genai_takes_it(bundle: Path, merged_bundle: Path) -> None:
     genai, whole = Genai(bundle), Session(merged_bundle)
     for prompts in (PROMPTS[:1], [PROMPTS[0], PROMPTS[0][::-1]]):

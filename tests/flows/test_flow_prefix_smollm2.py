@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 from flows_adapter import adapter_for
-from flows_genai import Genai, ours
+from flows_genai import Genai, needs_genai, ours
 from flows_prefix import prefix_by_paddlenlp, prefix_by_us, tokens_by_paddlenlp
 
 import peft_deploy
@@ -67,7 +66,7 @@ def test_tokens_behind_a_prefix_are_those_of_paddlenlp(
     assert ours(session, prompts, STEPS, ()) != want
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="onnxruntime-genai 0.18 needs Python 3.11")
+@needs_genai
 def test_genai_says_what_we_say(bundle: Path, prompts: list[list[int]]) -> None:
     genai, session = Genai(bundle), Session(bundle)
     for name in ("tuned", "ours", "theirs"):

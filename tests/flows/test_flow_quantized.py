@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from flows_adapter import adapter_for
-from flows_genai import Genai, ours
+from flows_genai import Genai, needs_genai, ours
 from flows_prefix import prefix_by_us
 from safetensors.numpy import load_file, save_file
 
@@ -276,7 +275,7 @@ def test_a_fault_in_the_blocks_is_found_and_located(
     assert "144 blocks are others" in found.weights[0].note
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="onnxruntime-genai 0.18 needs Python 3.11")
+@needs_genai
 def test_genai_generates_the_same_tokens(merged: Path, kept: Path) -> None:
     """Of prompts without padding: genai pads on the other side, and where two tokens are almost as likely, a last bit
     that differs can move an activation to the next of its 8-bit steps and decide between them.

@@ -98,8 +98,12 @@ def test_a_layer_that_is_left_out_and_wired_otherwise_is_named(
 def test_a_graph_in_16_bits_is_taken_apart_like_any_other(
     base: Path, adapter: Path, tmp_path: Path
 ) -> None:
-    options = ExportOptions(validate_layers=2, precision="fp16")
-    result = peft_deploy.export(base, tmp_path / "out", adapter=adapter, options=options)
+    _first_and_last_pass(base, adapter, tmp_path / "out", "fp16")
+
+
+def _first_and_last_pass(base: Path, adapter: Path, output: Path, precision: str) -> None:
+    options = ExportOptions(validate_layers=2, precision=precision)
+    result = peft_deploy.export(base, output, adapter=adapter, options=options)
     assert result.parity is not None and result.parity.layers == CheckedLayers((0, 4), LAYERS)
 
 
@@ -113,11 +117,9 @@ def everything_in_files(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_int4_passes_with_the_reference_s_weights_in_files(
     base: Path, adapter: Path, tmp_path: Path
 ) -> None:
-    options = ExportOptions(validate_layers=2, precision="int4")
-    result = peft_deploy.export(base, tmp_path / "out", adapter=adapter, options=options)
-    assert result.parity is not None and result.parity.layers == CheckedLayers((0, 4), LAYERS)
+    _first_and_last_pass(base, adapter, tmp_path / "out", "int4")
     name = "model.layers.4.mlp.down_proj.weight.scales"
-    broken = with_scaled_weight(result.output, tmp_path / "broken", name)
+    broken = with_scaled_weight(tmp_path / "out", tmp_path / "broken", name)
     assert len(_failed(validate(broken, base, adapter=adapter, layers=2))) > 10
 
 

@@ -14,15 +14,13 @@ from peft_deploy.errors import ExecutionError
 from peft_deploy.parity.bisect.activation import Activation
 from peft_deploy.runtime import check_external_data
 from peft_deploy.runtime.exact_arithmetic import without_rounding
+from peft_deploy.runtime.onnx_runner import NO_PREPACKING, WEIGHTS_FOLDER
 from peft_deploy.signature import present_names
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-# Where onnxruntime is to look for the weights of a model that it gets as bytes.
-_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
-# Weights stay in the file, which is only mapped: none is laid out anew, and none is cast before it is needed.
-_NO_PREPACKING = "session.disable_prepacking"
+# Weights stay in the file, which is only mapped: none is cast before it is needed, nor (NO_PREPACKING) laid out anew.
 _NO_FOLDING = ("ConstantFolding",)
 
 
@@ -157,8 +155,8 @@ class ExposedGraph:
         model.graph.outputs.extend(known[name] for name in names)
         options = ort.SessionOptions()
         options.log_severity_level = 4
-        options.add_session_config_entry(_WEIGHTS_FOLDER, str(self._folder))
-        options.add_session_config_entry(_NO_PREPACKING, "1")
+        options.add_session_config_entry(WEIGHTS_FOLDER, str(self._folder))
+        options.add_session_config_entry(NO_PREPACKING, "1")
         try:
             data = ir.to_proto(model).SerializeToString()
             session = ort.InferenceSession(
