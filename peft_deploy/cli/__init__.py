@@ -5,7 +5,9 @@ Every command is imported when it is called, so that ``--help`` needs nothing bu
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import os
 import signal
 import sys
 
@@ -93,4 +95,9 @@ def main() -> None:
         sys.exit(exc.exit_code)
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted; nothing was left half-written", err=True)
-        sys.exit(_SIGNALLED + received[0])
+        with contextlib.suppress(OSError):  # whoever read it is gone
+            sys.stdout.flush()
+            sys.stderr.flush()
+        # Not sys.exit: where the interrupt met generated code, a dataclass being made, Python remembers it and ends
+        # a `python -m` by SIGINT, whatever the status is to be. All that was begun is put away by now.
+        os._exit(_SIGNALLED + received[0])

@@ -281,7 +281,23 @@ def test_a_bundle_that_fails_the_check_is_not_left_in_place(
     assert (tmp_path / "out" / "model.onnx").exists()
 
 
+def test_an_interrupt_in_generated_code_has_the_same_status(tmp_path: Path) -> None:
+    """Dataclasses, of which every import makes some, are such code."""
+    (tmp_path / "interrupted.py").write_text(
+        "from peft_deploy.cli import cli, main\n"
+        "cli.main = lambda **_: exec('raise KeyboardInterrupt')\n"
+        "main()\n"
+    )
+    command = [sys.executable, "-m", "interrupted"]
+    path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 128 + signal.SIGINT, done.stderr
+    assert "interrupted" in done.stderr
+
+
 @pytest.mark.convert
+@pytest.mark.usefixtures("no_graph_cache")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_leaves_nothing_behind(number: int, tiny_llama: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
