@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect as python_inspect
 import json
+import os
 import signal
 from importlib.metadata import version
 
@@ -129,7 +130,11 @@ def test_interruption(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     def interrupted(**_options: object) -> None:
         raise click.Abort
 
+    def ended(status: int) -> None:
+        raise SystemExit(status)
+
     monkeypatch.setattr(program.cli, "main", interrupted)
+    monkeypatch.setattr(os, "_exit", ended)
     try:
         with pytest.raises(SystemExit) as caught:
             program.main()
