@@ -16,10 +16,13 @@ import numpy as np
 import numpy.typing as npt
 
 from peft_deploy.errors import AdapterError
-from peft_deploy.weights.blocks import contiguous, row_blocks
-from peft_deploy.weights.cast import all_finite, check_float, is_float, round_to
+from peft_deploy.weights.blocks import BAND_ROWS, fill, row_blocks
+from peft_deploy.weights.cast import all_finite, check_float, is_float, round_into
 from peft_deploy.weights.pieces import Task, in_order
+from peft_deploy.weights.scratch import Scratch
 from peft_deploy.weights.source import DTYPES, Array
+
+_exact, _base = Scratch(), Scratch()  # what lies between two steps, a band of rows
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,12 @@ def merge_weight(
 
 
 def merged_pieces(
-    W: Array, pair: LoraPair, *, name: str = "the weight", dtype: str | None = None
+    W: Array,
+    pair: LoraPair,
+    *,
+    name: str = "the weight",
+    dtype: str | None = None,
+    height: int | None = None,
 ) -> Iterator[Task[Array]]:
     """The merged weight's rows in pieces, bit for bit those of :func:`merge_weight`.
 
@@ -120,6 +128,7 @@ def merged_pieces(
         pair: likewise.
         name: likewise.
         dtype: likewise.
+        height: rows of a piece; a few megabytes when None.
 
     Raises:
         AdapterError: likewise.
@@ -135,30 +144,41 @@ def merged_pieces(
     B: npt.NDArray[Any] = require_finite(pair.B, f"B of {name}").astype(wide)  # [R, out]
 
     def merge(rows: slice) -> Array:
-        return _merge_block(W[rows], A[rows] @ B, pair.scaling, target, name)
+        merged = np.empty((rows.stop - rows.start, W.shape[1]), target)
+        for start in range(0, len(merged), BAND_ROWS):
+            band = slice(start, start + BAND_ROWS)
+            _merge_band(W[rows][band], A[rows][band], B, pair.scaling, merged[band], name)
+        return merged
 
-    for rows in row_blocks(W.shape, np.dtype(wide).itemsize):
+    for rows in row_blocks(W.shape, np.dtype(wide).itemsize, height):
         yield partial(merge, rows)
 
 
-def _merge_block(
-    block: Array,
-    product: npt.NDArray[Any],
+def _merge_band(
+    W: Array,
+    A: npt.NDArray[Any],
+    B: npt.NDArray[Any],
     scaling: float,
-    target: np.dtype[np.generic],
+    merged: Array,
     name: str,
-) -> Array:
-    """One block's result; ``product`` becomes the same before rounding."""
+) -> None:
+    """Fills ``merged`` with some rows' result."""
+    wide = A.dtype
+    exact = merged if merged.dtype == wide else _exact.array(merged.shape, wide)
+    base = _base.array(W.shape, wide)
     with np.errstate(over="ignore", invalid="ignore"):
-        product *= product.dtype.type(scaling)
-        product += contiguous(block, product.dtype)
-        result = round_to(product, target)
-    if all_finite(result):
-        return result
-    if not np.isfinite(block).all():
+        fill(base, W)
+        np.matmul(A, B, out=exact)
+        np.multiply(exact, wide.type(scaling), out=exact)
+        np.add(exact, base, out=exact)
+        if exact is not merged:
+            round_into(merged, exact)
+    if all_finite(merged):
+        return
+    if not np.isfinite(W).all():
         raise AdapterError(f"{name}: the base weight itself holds a NaN or an infinity")
     raise AdapterError(
-        f"{name}: the merged weight is not finite in {target.name}",
+        f"{name}: the merged weight is not finite in {merged.dtype.name}",
         hint="its values or its scaling are too large; or merge into bfloat16 or float32",
     )
 

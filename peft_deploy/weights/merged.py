@@ -14,7 +14,7 @@ from peft_deploy.errors import AdapterError
 from peft_deploy.weights.cast import cast_array, cast_pieces, check_float
 from peft_deploy.weights.lora import LoraPair, merge_weight, merged_pieces, require_finite
 from peft_deploy.weights.pieces import Task, along, pieces_of_array
-from peft_deploy.weights.rounding import NARROW, RoundingLoss, sampled_rows
+from peft_deploy.weights.rounding import NARROW, RoundingLoss, sampled
 from peft_deploy.weights.source import FLOATING, Array, TensorInfo, TensorSource
 
 NAMED_MISFITS = 3
@@ -74,7 +74,7 @@ class MergedTensors:
         dtype: floating-point type of all results; each tensor keeps its own when None.
         tied: parameter → the one whose storage it shares; the source's own ``tied`` when None.
         losses: gets, for every changed parameter that is read in float16 or bfloat16, what rounding
-            lost of the change, on a sample of the rows.
+            lost of the change, on a sample.
         original: for ``losses``, the model that training began with, where ``source`` is not it.
         sampled: count in ``losses`` what rounding to float32 loses, too.
 
@@ -131,7 +131,7 @@ class MergedTensors:
             return merge_weight(value, pair, name=name, dtype=target)
         return cast_array(value, target, name=name) if target in FLOATING else value
 
-    def pieces(self, name: str, axis: int = 0) -> Iterator[Task[Array]]:
+    def pieces(self, name: str, axis: int = 0, height: int | None = None) -> Iterator[Task[Array]]:
         """One parameter in pieces; errors as in :meth:`read`.
 
         Rows are bit for bit those of :meth:`read`; in columns, sums of an adapter may differ in their last bits.
@@ -139,11 +139,12 @@ class MergedTensors:
         value, pair, target = self._opened(name)
         if pair is not None:
             pair = pair if axis == 0 else pair.transposed()
-            merge = partial(merged_pieces, pair=pair, name=name, dtype=target)
+            merge = partial(merged_pieces, pair=pair, name=name, dtype=target, height=height)
             return along(axis, merge, value)
         if target in FLOATING:
-            return along(axis, partial(cast_pieces, dtype=target, name=name), value)
-        return along(axis, pieces_of_array, value)
+            cast = partial(cast_pieces, dtype=target, name=name, height=height)
+            return along(axis, cast, value)
+        return along(axis, partial(pieces_of_array, height=height), value)
 
     def _opened(self, name: str) -> tuple[Array, LoraPair | None, str]:
         """What a parameter is made of, and the type that it gets; what rounding loses is noted on the way."""
@@ -159,14 +160,18 @@ class MergedTensors:
         return target in NARROW or (self._sampled and target == "float32" and pair is not None)
 
     def _loss(self, name: str, value: Array, pair: LoraPair | None, target: str) -> RoundingLoss:
-        """What rounding loses of a change, on a sample of the rows, against the same sum in float64."""
-        rows = sampled_rows(value.shape)
-        value, before = np.atleast_1d(value)[rows], np.atleast_1d(self._original.read(name))[rows]
+        """What rounding loses of a change, on a sample, against the same sum in float64."""
+        sample = sampled(value.shape)
+        value, before = (
+            np.atleast_1d(value)[sample],
+            np.atleast_1d(self._original.read(name))[sample],
+        )
         exact: npt.NDArray[np.float64] = value.astype(np.float64)
         if pair is None:
             rounded = cast_array(value, target, name=name)
         else:
-            A, B = pair.A[rows], pair.B
+            rows, columns = sample
+            A, B = pair.A[rows], pair.B[:, columns]
             exact = exact + pair.scaling * (A.astype(np.float64) @ B.astype(np.float64))
             rounded = merge_weight(value, LoraPair(A, B, pair.scaling), name=name, dtype=target)
         loss = RoundingLoss()

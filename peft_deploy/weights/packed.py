@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
-from functools import partial
 
 import numpy as np
 
 from peft_deploy.errors import CheckpointError
-from peft_deploy.weights.blocks import contiguous
-from peft_deploy.weights.pieces import Task, in_order, pieces_of
+from peft_deploy.weights.blocks import block_height, contiguous
+from peft_deploy.weights.pieces import Task, pieces_of
 from peft_deploy.weights.source import DTYPES, Array, TensorInfo, TensorSource
 
 
@@ -57,20 +55,23 @@ class PackedTensors:
             column = columns.stop
         return result
 
-    def pieces(self, name: str, axis: int = 0) -> Iterator[Task[Array]]:
+    def pieces(self, name: str, axis: int = 0, height: int | None = None) -> Iterator[Task[Array]]:
         """One tensor in pieces; KeyError for an unknown one, and for a part."""
         if name not in self._packed:
-            yield from pieces_of(self._source, self._known(name), axis)
-        elif axis == len(self._infos[name].shape) - 1:  # along which the parts are joined
-            for part in self._packed[name]:
+            yield from pieces_of(self._source, self._known(name), axis, height)
+            return
+        info, parts = self._infos[name], self._packed[name]
+        if axis == len(info.shape) - 1:  # along which the parts are joined
+            if height is not None:
+                raise ValueError(f"{name} is packed, and its columns come as its parts give them")
+            for part in parts:
                 yield from pieces_of(self._source, part, axis)
-        else:
-            with ExitStack() as stack:
-                parts = [in_order(pieces_of(self._source, part)) for part in self._packed[name]]
-                for blocks in parts:
-                    stack.enter_context(closing(blocks))
-                for rows in _side_by_side(parts):
-                    yield partial(np.concatenate, rows, -1)
+            return
+        if height is None:
+            height = block_height(info.shape, np.dtype(np.float32).itemsize)
+        rows = (pieces_of(self._source, part, axis, height) for part in parts)
+        for tasks in zip(*rows, strict=True):
+            yield lambda tasks=tasks: np.concatenate([task() for task in tasks], -1)  # type: ignore[misc]
 
     def _known(self, name: str) -> str:
         if name not in self._plain:
@@ -88,20 +89,3 @@ class PackedTensors:
                 )
         width = sum(info.shape[-1] for info in infos)
         return TensorInfo(name, first.dtype, (*first.shape[:-1], width))
-
-
-def _side_by_side(parts: Sequence[Iterator[Array]]) -> Iterator[list[Array]]:
-    """The same rows of all parts, whose pieces may begin and end at other rows each."""
-    left: list[Array | None] = [None] * len(parts)
-    while True:
-        for i, blocks in enumerate(parts):
-            rest = left[i]
-            left[i] = rest if rest is not None and len(rest) else next(blocks, None)
-        found = [rest for rest in left if rest is not None]
-        if not found:
-            return
-        if len(found) < len(parts):
-            raise CheckpointError("tensors that stand side by side are not of the same length")
-        rows = min(map(len, found))
-        yield [rest[:rows] for rest in found]
-        left = [rest[rows:] for rest in found]

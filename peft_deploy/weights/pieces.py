@@ -1,7 +1,8 @@
 """Tensors in pieces of a few megabytes that are computed side by side and handed on in order.
 
 What is larger than memory never lies in it whole, and reading, merging, rounding and turning round use all cores:
-numpy lets go of the interpreter while it computes.
+numpy lets go of the interpreter while it computes. Matrix products of single pieces run in one thread each meanwhile:
+with several for each of them, threads that wait for others took half of all computing time (OpenBLAS, two cores).
 """
 
 from __future__ import annotations
@@ -10,10 +11,14 @@ import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import partial
+from threading import Lock
+from types import TracebackType
 from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
+from threadpoolctl import ThreadpoolController
 
 from peft_deploy.weights.blocks import contiguous, row_blocks
 from peft_deploy.weights.source import DTYPES, Array, TensorInfo, TensorSource
@@ -29,31 +34,35 @@ _AHEAD = 2 * _WORKERS  # tasks that are begun and not yet handed on
 class PieceSource(TensorSource, Protocol):
     """A source that can compute a part of a tensor without the rest."""
 
-    def pieces(self, name: str, axis: int = 0) -> Iterator[Task[Array]]:
+    def pieces(self, name: str, axis: int = 0, height: int | None = None) -> Iterator[Task[Array]]:
         """One tensor in pieces; each call gives one of them, and they may be made in any order.
 
         Args:
             name: the tensor's.
             axis: 0 for rows, each piece in row-major order; 1 for columns of a matrix, in any memory order.
+            height: so many rows or columns in a piece, the last one excepted; a few megabytes when None.
         """
         ...
 
 
-def pieces_of(source: TensorSource, name: str, axis: int = 0) -> Iterator[Task[Array]]:
+def pieces_of(
+    source: TensorSource, name: str, axis: int = 0, height: int | None = None
+) -> Iterator[Task[Array]]:
     """One tensor in pieces, read whole where its source knows no better.
 
     Args:
         source: of the tensor.
         name: the tensor's.
         axis: see :meth:`PieceSource.pieces`.
+        height: likewise.
 
     Yields:
         What computes the next rows or columns of it.
     """
     if isinstance(source, PieceSource):
-        yield from source.pieces(name, axis)
+        yield from source.pieces(name, axis, height)
     else:
-        yield from along(axis, pieces_of_array, source.read(name))
+        yield from along(axis, partial(pieces_of_array, height=height), source.read(name))
 
 
 def along(
@@ -76,7 +85,10 @@ def _transposed(task: Task[Array]) -> Array:
 
 
 def pieces_of_array(
-    array: Array, make: Callable[[Array], Array] = contiguous, itemsize: int = 0
+    array: Array,
+    make: Callable[[Array], Array] = contiguous,
+    itemsize: int = 0,
+    height: int | None = None,
 ) -> Iterator[Task[Array]]:
     """An array's rows in pieces.
 
@@ -84,9 +96,10 @@ def pieces_of_array(
         array: in any memory order.
         make: makes of some of its rows what is wanted, in row-major order.
         itemsize: bytes of an element of the widest type on the way; the array's own when smaller.
+        height: see :meth:`PieceSource.pieces`.
     """
     array = np.atleast_1d(array)
-    for rows in row_blocks(array.shape, max(itemsize, array.itemsize)):
+    for rows in row_blocks(array.shape, max(itemsize, array.itemsize), height):
         yield partial(make, array[rows])  # a view: nothing is read yet
 
 
@@ -114,13 +127,42 @@ def in_order(tasks: Iterable[Task[T]]) -> Generator[T, None, None]:
         tasks: are taken one by one, as there is room; none of them may use this function itself.
     """
     waiting: deque[Future[T]] = deque()
-    pool = ThreadPoolExecutor(_WORKERS, thread_name_prefix="peft-deploy")
-    try:
-        for task in tasks:
-            waiting.append(pool.submit(task))
-            if len(waiting) > _AHEAD:
+    with _one_blas_thread:
+        pool = ThreadPoolExecutor(_WORKERS, thread_name_prefix="peft-deploy")
+        try:
+            for task in tasks:
+                waiting.append(pool.submit(task))
+                if len(waiting) > _AHEAD:
+                    yield waiting.popleft().result()
+            while waiting:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+class _OneBlasThread:
+    """While anybody is inside, a product of numpy's runs in one thread; afterwards in as many as before."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._limit = Lock(), 0, ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:  # else it is limited already, and what it was before is known
+                libraries = ThreadpoolController().select(internal_api="openblas")
+                self._limit.enter_context(libraries.limit(limits=1))
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._limit.close()
+
+
+_one_blas_thread = _OneBlasThread()

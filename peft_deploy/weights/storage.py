@@ -134,13 +134,15 @@ class EncodedTensors:
             return self._source.read(self._infos[name].name)
         return joined(self._infos[name], in_order(self.pieces(name)))
 
-    def pieces(self, name: str, axis: int = 0) -> Iterator[Task[Array]]:
+    def pieces(self, name: str, axis: int = 0, height: int | None = None) -> Iterator[Task[Array]]:
         """One tensor of the file in pieces; errors as in :meth:`read`."""
         if name not in self._origins:
-            yield from pieces_of(self._source, self._infos[name].name, axis)
+            yield from pieces_of(self._source, self._infos[name].name, axis, height)
             return
-        if axis != 0:
-            raise ValueError(f"{name} is encoded, and comes in rows only")
+        if axis != 0 or height is not None:
+            raise ValueError(
+                f"{name} is encoded, and comes in rows only, as many as it was encoded in"
+            )
         if name not in self._waiting:
             stored, _ = self._origins[name]
             tasks = pieces_of(self._source, stored.info.name, stored.storage.axis)

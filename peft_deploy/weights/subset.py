@@ -35,10 +35,10 @@ class SubsetTensors:
         self._require(name)
         return self._source.read(name)
 
-    def pieces(self, name: str, axis: int = 0) -> Iterator[Task[Array]]:
+    def pieces(self, name: str, axis: int = 0, height: int | None = None) -> Iterator[Task[Array]]:
         """One tensor in pieces; KeyError for one that is left out."""
         self._require(name)
-        return pieces_of(self._source, name, axis)
+        return pieces_of(self._source, name, axis, height)
 
     def _require(self, name: str) -> None:
         if name not in self._known:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,9 +36,9 @@ class Tensors:
     def read(self, name: str) -> Array:
         return self.arrays[name]
 
-    def pieces(self, name: str, axis: int = 0) -> Iterator[Task[Array]]:
-        array = self.arrays[name]
-        return along(axis, pieces_of_array, array[:-1] if name in self._cut else array)
+    def pieces(self, name: str, axis: int = 0, height: int | None = None) -> Iterator[Task[Array]]:
+        array = self.arrays[name][:-1] if name in self._cut else self.arrays[name]
+        return along(axis, partial(pieces_of_array, height=height), array)
 
 
 SHAPES = {"layers.10.w": (3000, 1000), "layers.2.w": (7, 3), "b": (5,), "scalar": (), "no": (0, 2)}

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import ml_dtypes
 import numpy as np
 import pytest
+from threadpoolctl import ThreadpoolController
 from weights_family import ArrayTensors
 
 from peft_deploy.errors import AdapterError, CheckpointError
@@ -19,6 +20,7 @@ from peft_deploy.weights import (
     contiguous,
     lora_delta,
 )
+from peft_deploy.weights.blocks import BAND_ROWS
 from peft_deploy.weights.cast import all_finite
 from peft_deploy.weights.pieces import Task, in_order, pieces_of
 
@@ -29,9 +31,12 @@ def _assembled(source: SubsetTensors | MergedTensors | ArrayTensors, name: str) 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("stored", ["in, out", "out, in"])
-def test_a_merge_in_pieces_is_the_whole_tensor_merged_to_the_bit(dtype: str, stored: str) -> None:
+def test_a_merge_in_pieces_is_the_whole_tensor_merged_to_the_bit(
+    dtype: str, stored: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peft_deploy.weights.blocks.BLOCK_BYTES", 8 << 20)
     rng = np.random.default_rng(3)
-    W = rng.standard_normal((2600, 1100)).astype(np.float16)  # 11 MB in float32, pieces are 8 MiB
+    W = rng.standard_normal((2600, 1100)).astype(np.float16)  # 11 MB in float32
     W = W if stored == "in, out" else np.ascontiguousarray(W.T).T
     pair = LoraPair(
         rng.standard_normal((2600, 5)).astype(np.float32),
@@ -119,3 +124,30 @@ def test_one_value_that_is_not_finite_is_found_in_any_type(dtype: str, bad: floa
     assert all_finite(values) and all_finite(values.T) and all_finite(values[:0])
     values[1, 1] = bad
     assert not all_finite(values) and not all_finite(values.T)
+
+
+def test_products_run_in_one_thread_only_while_pieces_are_computed() -> None:
+    def threads() -> set[int]:
+        found = ThreadpoolController().select(internal_api="openblas").info()
+        return {library["num_threads"] for library in found}
+
+    before = threads()
+    outer, inner = (in_order(threads for _ in range(3)) for _ in range(2))
+    assert next(outer) == next(inner) == {1}
+    outer.close()
+    assert next(inner) == threads() == {1}
+    inner.close()
+    assert threads() == before
+
+
+def test_a_cut_changes_no_bit_of_a_merge() -> None:
+    """A product of more rows may add up in another order; so rows are always merged as many at a time."""
+    rng = np.random.default_rng(6)
+    W = rng.standard_normal((513, 300)).astype(np.float32)
+    A, B = (rng.standard_normal(s).astype(np.float32) for s in ((513, 16), (16, 300)))
+    adapter = AdapterTensors({"layer": LoraPair(A, B, 0.1)}, {})
+    merged = MergedTensors(ArrayTensors({"layer.weight": W}), adapter)
+    whole = merged.read("layer.weight").tobytes()
+    for height in (BAND_ROWS, 3 * BAND_ROWS, 1000):
+        pieces = [piece() for piece in pieces_of(merged, "layer.weight", height=height)]
+        assert b"".join(piece.tobytes() for piece in pieces) == whole
