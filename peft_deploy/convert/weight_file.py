@@ -26,6 +26,7 @@ from peft_deploy.weights import (
     TensorSource,
     contiguous_blocks,
 )
+from peft_deploy.weights.large_file import open_output
 from peft_deploy.weights.pieces import in_order, pieces_of
 
 # Runtimes map the file into memory: pages for what is worth mapping, a cache line for the rest.
@@ -56,6 +57,7 @@ class WeightFile:
     Args:
         path: the file, made anew.
         output: the folder that the user named, for messages.
+        nbytes: that it will have, about.
 
     Attributes:
         placements: name → where it lies.
@@ -63,13 +65,13 @@ class WeightFile:
         end: bytes written so far.
     """
 
-    def __init__(self, path: Path, output: Path | None = None) -> None:
+    def __init__(self, path: Path, output: Path | None = None, nbytes: int = 0) -> None:
         self.path = path
         self.output = output or path.parent
         self.placements: dict[str, Placement] = {}
         self.stored: dict[str, StoredTensor] = {}
         with disk_errors(self.output):
-            self._file = path.open("wb")
+            self._file = open_output(path, nbytes)
         self._digest = _Digest()
         self.end = 0
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 import mmap
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -46,3 +49,30 @@ def map_array(
         ) from exc
     flat = np.frombuffer(view, np.uint8, count * kind.itemsize, offset - start).view(kind)
     return flat.reshape(shape, order="F" if fortran else "C")
+
+
+def read_ahead(array: Array) -> None:
+    """Has the operating system read what an array maps, before it is asked for; returns at once.
+
+    Nothing happens to one that maps no file.
+    """
+    base: object = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(base, memoryview):
+        base = base.obj
+    if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_WILLNEED"):
+        _reader().submit(_read_ahead, base)
+
+
+def _read_ahead(view: mmap.mmap) -> None:
+    with contextlib.suppress(
+        OSError, ValueError
+    ):  # a wish, no more; also of what is closed by now
+        view.madvise(mmap.MADV_WILLNEED)
+
+
+@functools.cache
+def _reader() -> ThreadPoolExecutor:
+    # In a thread of its own: the call takes as long as it takes to make room for the pages.
+    return ThreadPoolExecutor(1, thread_name_prefix="peft-deploy-read-ahead")

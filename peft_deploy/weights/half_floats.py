@@ -19,6 +19,7 @@ FLOAT16, BFLOAT16 = DTYPES["float16"], DTYPES["bfloat16"]
 HALVES = frozenset({FLOAT16, BFLOAT16})
 # Numbers that are gone through at a time, so that what lies between two passes stays in the cache.
 _PASS = 1 << 17
+_APART = 256  # places in the cache are shared by what lies multiples of a page apart
 # A matrix is turned round in tiles: pairs of rows, as many as lie in a cache line or two, and columns.
 _BAND_PAIRS, _TILE_COLUMNS = 32, 256
 
@@ -107,7 +108,7 @@ def narrow(array: Array, out: Array) -> None:
     """
     flat, result = array.reshape(-1), out.reshape(-1)
     rounded = _to_float16 if out.dtype == FLOAT16 else _to_bfloat16
-    scratch = _rounding.array((2, min(flat.size, _PASS)), np.dtype(np.uint32))
+    scratch = _rounding.array((2, min(flat.size, _PASS) + _APART), np.dtype(np.uint32))
     for part in _parts(flat.size):
         bits = flat[part].view(np.uint32)
         first, second = scratch[:, : bits.size]

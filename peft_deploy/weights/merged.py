@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from peft_deploy.errors import AdapterError
+from peft_deploy.weights._mapped import read_ahead
 from peft_deploy.weights.cast import cast_array, cast_pieces, check_float
 from peft_deploy.weights.lora import LoraPair, merge_weight, merged_pieces, require_finite
 from peft_deploy.weights.pieces import Task, along, pieces_of_array
@@ -151,6 +152,7 @@ class MergedTensors:
         target = self._target(self._source.info(name))
         replacement, pair = self._replacements.get(name), self._pairs.get(name)
         value = self._source.read(name) if replacement is None else replacement
+        read_ahead(value)
         changed = pair is not None or replacement is not None
         if self._losses is not None and changed and self._counts(target, pair):
             self._losses[name] = self._loss(name, value, pair, target)

@@ -8,13 +8,14 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 
 from peft_deploy.errors import CheckpointError, OutputError
 from peft_deploy.weights.blocks import contiguous_blocks
 from peft_deploy.weights.checkpoint import INDEX_SUFFIX
+from peft_deploy.weights.large_file import open_output
 from peft_deploy.weights.safetensors_file import DTYPE_OF_CODE, LENGTH_BYTES
 from peft_deploy.weights.source import DTYPES, TensorInfo, TensorSource
 
@@ -57,11 +58,12 @@ def write_safetensors(
             path.with_name(f"{path.stem}-{i:05}-of-{len(shards):05}{path.suffix}")
             for i in range(1, len(shards) + 1)
         ]
+    total = sum(info.nbytes for info in infos)  # of all files: a cache would have to hold them all
     with ExitStack() as stack:
         finished: list[tuple[Path, Path]] = []
         for target, shard in zip(paths, shards, strict=True):
             temporary = stack.enter_context(_temporary(target))
-            with _clear_errors(target), temporary.open("wb") as file:
+            with _clear_errors(target), open_output(temporary, total) as file:
                 _write_file(file, source, shard, dict(metadata or {}))
             finished.append((temporary, target))
         if len(shards) > 1:
@@ -89,7 +91,7 @@ def _split(infos: Sequence[TensorInfo], limit: int | None) -> list[list[TensorIn
 
 
 def _write_file(
-    file: BinaryIO, source: TensorSource, infos: Sequence[TensorInfo], metadata: dict[str, str]
+    file: IO[bytes], source: TensorSource, infos: Sequence[TensorInfo], metadata: dict[str, str]
 ) -> None:
     ordered = sorted(infos, key=lambda i: (WRITTEN_FIRST.index(CODE_OF_DTYPE[i.dtype]), i.name))
     header = _header(ordered, metadata)

@@ -69,7 +69,8 @@ def fill_bundle(
     folder.require_space(sum(part.nbytes for part in parts))
     with ExitStack() as stack:
         files = [
-            stack.enter_context(weight_file(folder, options.format, part.folder)) for part in parts
+            stack.enter_context(weight_file(folder, options.format, part.nbytes, part.folder))
+            for part in parts
         ]
         for part, file in zip(parts, files, strict=True):
             stream_weights(part.tensors, file, clock)  # while the child traces
@@ -121,16 +122,16 @@ def _import_reference(job: ConversionJob, clock: PhaseClock) -> None:
         importlib.import_module(module)
 
 
-def weight_file(folder: BundleFolder, format: str, part: str = "") -> WeightFile:
-    """The file for the weights of a bundle, or of a graph in a folder of its own, open."""
+def weight_file(folder: BundleFolder, format: str, nbytes: int, part: str = "") -> WeightFile:
+    """The open file for the weights of a bundle, or of a graph in a folder of its own, ``nbytes`` or a little more."""
     from peft_deploy.convert import ParamsFile, WeightFile
 
     place = folder.path / part
     with disk_errors(folder.output):
         place.mkdir(exist_ok=True)
     if format == ONNX:
-        return WeightFile(place / MODEL_DATA, folder.output)
-    return ParamsFile(place / PARAMS, folder.output)
+        return WeightFile(place / MODEL_DATA, folder.output, nbytes)
+    return ParamsFile(place / PARAMS, folder.output, nbytes)
 
 
 def _finish(

@@ -73,8 +73,9 @@ def export_layer(
             hint="use --format onnx",
         )
     tensors = LayerTensors(source, sorted(traced.parameters.values()), merged=True)
-    folder.require_space(sum(tensors.info(name).nbytes for name in tensors.names()))
-    with _job(traced, source, options) as job, weight_file(folder, options.format) as file:
+    nbytes = sum(tensors.info(name).nbytes for name in tensors.names())
+    folder.require_space(nbytes)
+    with _job(traced, source, options) as job, weight_file(folder, options.format, nbytes) as file:
         stream_weights(tensors, file, clock)
         converted = job.result(clock.phase)
         clock.phase("Finishing the graph")

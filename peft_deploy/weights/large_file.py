@@ -1,0 +1,114 @@
+"""Files that are too large to be kept in memory as well.
+
+What is written to a file goes to the page cache first, and to the disk some time later. Of a file that the cache
+cannot hold nothing is gained by that: its pages drive out those of the checkpoint that is being read, and making room
+for them took a quarter of all computing time of an export (13.5 GB, two cores). So large files go to the disk at once.
+"""
+
+from __future__ import annotations
+
+import io
+import mmap
+import os
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, cast
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+_SHARE = 4  # a file is large from this part of the machine's memory on
+_BLOCK = 4096  # addresses, positions and lengths are multiples of it: no disk has larger sectors
+_BUFFER = 8 << 20
+_DIRECT = getattr(os, "O_DIRECT", None)  # Linux has it
+
+
+def open_output(path: Path, nbytes: int) -> IO[bytes]:
+    """Makes a file anew, to write from its beginning to its end.
+
+    Args:
+        path: the file.
+        nbytes: that it will have, about.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    if _DIRECT is not None and nbytes * _SHARE > _memory():
+        try:
+            return cast(IO[bytes], DirectFile(path))
+        except OSError:  # file systems need not be able to; whatever else is wrong comes up again
+            pass
+    return path.open("wb")
+
+
+class DirectFile(io.RawIOBase):
+    """A file that is written past the page cache.
+
+    Args:
+        path: the file, made anew.
+
+    Raises:
+        OSError: it cannot be written, or not in this way.
+    """
+
+    _file = -1  # also where it could not be opened
+
+    def __init__(self, path: Path) -> None:
+        assert _DIRECT is not None
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | _DIRECT, 0o666)
+        # Anonymous memory begins at a page. Copied to as an array: numpy lets go of the interpreter meanwhile.
+        self._buffer = np.frombuffer(mmap.mmap(-1, _BUFFER), np.uint8)
+        self._filled = self._size = 0
+        try:
+            os.pwrite(
+                self._file, self._buffer[:_BLOCK].data, 0
+            )  # some say only now that they cannot
+        except OSError:
+            self._release()
+            raise
+
+    def writable(self) -> bool:
+        """It is."""
+        return True
+
+    def write(self, data: Buffer, /) -> int:
+        """Appends bytes, all of them."""
+        array = np.frombuffer(memoryview(data), np.uint8)
+        taken = 0
+        while taken < array.size:
+            part = array[taken : taken + _BUFFER - self._filled]
+            self._buffer[self._filled : self._filled + part.size] = part
+            self._filled += part.size
+            taken += part.size
+            if self._filled == _BUFFER:
+                self._empty()
+        self._size += array.size
+        return taken
+
+    def close(self) -> None:
+        """Writes what is left and gives the file its size."""
+        if self._file < 0:
+            return
+        try:
+            self._filled += -self._filled % _BLOCK
+            self._empty()
+            os.ftruncate(self._file, self._size)
+        finally:
+            self._release()
+
+    def _release(self) -> None:
+        os.close(self._file)
+        self._file = -1
+        super().close()
+
+    def _empty(self) -> None:
+        left = self._buffer[: self._filled].data
+        while left.nbytes:
+            left = left[os.write(self._file, left) :]
+        self._filled = 0
+
+
+def _memory() -> int:
+    """The machine's, in bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

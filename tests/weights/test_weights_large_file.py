@@ -1,0 +1,80 @@
+"""Files written past the page cache hold what other files hold."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from peft_deploy.weights import large_file
+from peft_deploy.weights.large_file import DirectFile, open_output
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="the system has no O_DIRECT")
+MEMORY = 100_000
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A machine with little memory, and pieces that fill the buffer several times."""
+    monkeypatch.setattr(large_file, "_memory", lambda: MEMORY)
+    monkeypatch.setattr(large_file, "_BUFFER", 8192)
+    try:
+        DirectFile(tmp_path / "probe").close()
+    except OSError:
+        pytest.skip("this file system cannot be written past the page cache")
+
+
+@pytest.mark.parametrize(
+    "sizes", [[], [0], [1], [4096], [8192, 8192], [5, 8191, 20_000, 0, 4096, 3]]
+)
+def test_bytes_come_back(sizes: list[int], tmp_path: Path) -> None:
+    parts = [np.random.default_rng(n).bytes(n) for n in sizes]
+    path = tmp_path / "file"
+    path.write_bytes(b"longer than what comes, and to be replaced" * 1000)
+    with open_output(path, MEMORY) as file:
+        assert isinstance(file, DirectFile)
+        for part in parts:
+            assert file.write(memoryview(part)) == len(part)
+    assert file.closed
+    assert path.read_bytes() == b"".join(parts)
+
+
+def test_small_files_are_written_as_ever(tmp_path: Path) -> None:
+    with open_output(tmp_path / "file", MEMORY // 4) as file:
+        assert not isinstance(file, DirectFile)
+
+
+def test_a_file_system_that_cannot_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> int:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "pwrite", refused)
+    with open_output(tmp_path / "file", MEMORY) as file:
+        file.write(b"as ever")
+    assert (tmp_path / "file").read_bytes() == b"as ever"
+
+
+def test_a_full_disk_is_an_error_that_leaves_no_file_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = open_output(tmp_path / "file", MEMORY)
+    file.write(b"some")
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        file.close()
+    assert file.closed
+    file.close()  # again: nothing happens
+
+
+def test_what_cannot_be_opened_is_the_systems_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        open_output(tmp_path / "none" / "file", MEMORY)
