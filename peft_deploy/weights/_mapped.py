@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import math
 import mmap
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +39,8 @@ def map_array(
     length = offset - start + count * kind.itemsize
     try:
         with path.open("rb") as file:
-            view = mmap.mmap(file.fileno(), length, offset=start, access=mmap.ACCESS_READ)
+            view = _View(file.fileno(), length, offset=start, access=mmap.ACCESS_READ)
+            view.path, view.start = path, start
     except (OSError, ValueError) as exc:
         raise CheckpointError(
             f"{path}: bytes {offset} to {start + length} cannot be read: {exc}",
@@ -51,28 +50,48 @@ def map_array(
     return flat.reshape(shape, order="F" if fortran else "C")
 
 
-def read_ahead(array: Array) -> None:
-    """Has the operating system read what an array maps, before it is asked for; returns at once.
+@dataclass(frozen=True)
+class FileSpan:
+    """A part of a file.
 
-    Nothing happens to one that maps no file.
+    Args:
+        path: of the file.
+        offset: of the part's first byte.
+        nbytes: its length.
     """
+
+    path: Path
+    offset: int
+    nbytes: int
+
+
+class _View(mmap.mmap):
+    """A map that knows what it maps."""
+
+    path: Path
+    start: int
+
+
+def mapped_span(array: Array) -> FileSpan | None:
+    """What part of a file an array is a view of, from its first element to its last one; None where it is not.
+
+    Args:
+        array: with strides that are not negative.
+    """
+    view = _view_of(array)
+    if view is None or array.size == 0 or min(array.strides, default=0) < 0:
+        return None
+    first = np.frombuffer(view, np.uint8).__array_interface__["data"][0]
+    offset = array.__array_interface__["data"][0] - first
+    steps = zip(array.shape, array.strides, strict=True)
+    nbytes = sum((length - 1) * stride for length, stride in steps) + array.itemsize
+    return FileSpan(view.path, view.start + offset, nbytes)
+
+
+def _view_of(array: Array) -> _View | None:
     base: object = array
     while isinstance(base, np.ndarray):
         base = base.base
     if isinstance(base, memoryview):
         base = base.obj
-    if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_WILLNEED"):
-        _reader().submit(_read_ahead, base)
-
-
-def _read_ahead(view: mmap.mmap) -> None:
-    with contextlib.suppress(
-        OSError, ValueError
-    ):  # a wish, no more; also of what is closed by now
-        view.madvise(mmap.MADV_WILLNEED)
-
-
-@functools.cache
-def _reader() -> ThreadPoolExecutor:
-    # In a thread of its own: the call takes as long as it takes to make room for the pages.
-    return ThreadPoolExecutor(1, thread_name_prefix="peft-deploy-read-ahead")
+    return base if isinstance(base, _View) else None

@@ -106,8 +106,9 @@ def round_to(block: Array, target: np.dtype[np.generic]) -> Array:
 
 
 def round_into(out: Array, block: Array) -> None:
-    """Like :func:`round_to`, into an array in row-major order."""
-    if block.dtype == np.float32 and out.dtype in HALVES and block.flags.c_contiguous:
+    """Like :func:`round_to`, into another array."""
+    flat = block.flags.c_contiguous and out.flags.c_contiguous
+    if flat and block.dtype == np.float32 and out.dtype in HALVES:
         narrow(block, out)
         return
     with np.errstate(over="ignore", invalid="ignore"):

@@ -17,8 +17,9 @@ from peft_deploy.weights.source import DTYPES, Array
 
 FLOAT16, BFLOAT16 = DTYPES["float16"], DTYPES["bfloat16"]
 HALVES = frozenset({FLOAT16, BFLOAT16})
-# Numbers that are gone through at a time, so that what lies between two passes stays in the cache.
-_PASS = 1 << 17
+# Numbers that are gone through at a time: few enough for what lies between two passes to stay in a cache, and so many
+# that threads seldom wait for each other's turn in the interpreter.
+_PASS = 1 << 18
 _APART = 256  # places in the cache are shared by what lies multiples of a page apart
 # A matrix is turned round in tiles: pairs of rows, as many as lie in a cache line or two, and columns.
 _BAND_PAIRS, _TILE_COLUMNS = 32, 256
@@ -106,8 +107,8 @@ def narrow(array: Array, out: Array) -> None:
         array: float32, in row-major order.
         out: of its shape, in row-major order; gets the numbers.
     """
-    flat, result = array.reshape(-1), out.reshape(-1)
     rounded = _to_float16 if out.dtype == FLOAT16 else _to_bfloat16
+    flat, result = array.reshape(-1), out.reshape(-1)
     scratch = _rounding.array((2, min(flat.size, _PASS) + _APART), np.dtype(np.uint32))
     for part in _parts(flat.size):
         bits = flat[part].view(np.uint32)

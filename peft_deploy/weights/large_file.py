@@ -7,6 +7,7 @@ for them took a quarter of all computing time of an export (13.5 GB, two cores).
 
 from __future__ import annotations
 
+import contextlib
 import io
 import mmap
 import os
@@ -15,13 +16,21 @@ from typing import IO, TYPE_CHECKING, cast
 
 import numpy as np
 
+from peft_deploy.weights._mapped import FileSpan
+from peft_deploy.weights.source import Array
+
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 _SHARE = 4  # a file is large from this part of the machine's memory on
-_BLOCK = 4096  # addresses, positions and lengths are multiples of it: no disk has larger sectors
+BLOCK = 4096  # addresses, positions and lengths are multiples of it: no disk has larger sectors
 _BUFFER = 8 << 20
 _DIRECT = getattr(os, "O_DIRECT", None)  # Linux has it
+
+
+def is_large(nbytes: int) -> bool:
+    """Whether files of so many bytes are better not kept in memory as well."""
+    return nbytes * _SHARE > _memory()
 
 
 def open_output(path: Path, nbytes: int) -> IO[bytes]:
@@ -34,12 +43,56 @@ def open_output(path: Path, nbytes: int) -> IO[bytes]:
     Raises:
         OSError: it cannot be written.
     """
-    if _DIRECT is not None and nbytes * _SHARE > _memory():
+    if _DIRECT is not None and is_large(nbytes):
         try:
             return cast(IO[bytes], DirectFile(path))
         except OSError:  # file systems need not be able to; whatever else is wrong comes up again
             pass
     return path.open("wb")
+
+
+def read_past_cache(span: FileSpan, into: Array) -> int | None:
+    """Reads a part of a file.
+
+    Args:
+        span: the part.
+        into: bytes that begin at a page, :func:`room_for` of them.
+
+    Returns:
+        Where in ``into`` the part begins; None where the file system does not read so, or the file has become shorter.
+    """
+    if _DIRECT is None:
+        return None
+    begin = span.offset % BLOCK
+    try:
+        file = os.open(span.path, os.O_RDONLY | _DIRECT)
+        try:
+            done, room = 0, room_for(span)
+            while done < begin + span.nbytes:
+                read = os.preadv(file, [into[done:room].data], span.offset - begin + done)
+                if read == 0 or (read % BLOCK and done + read < begin + span.nbytes):
+                    return None
+                done += read
+        finally:
+            os.close(file)
+    except OSError:
+        return None
+    return begin
+
+
+def room_for(span: FileSpan) -> int:
+    """Bytes of the blocks that a part of a file lies in."""
+    size = span.offset % BLOCK + span.nbytes
+    return size + -size % BLOCK
+
+
+def page_aligned(nbytes: int) -> Array:
+    """Fresh memory that begins at a page."""
+    memory = mmap.mmap(-1, nbytes)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, np.uint8)
 
 
 class DirectFile(io.RawIOBase):
@@ -57,12 +110,13 @@ class DirectFile(io.RawIOBase):
     def __init__(self, path: Path) -> None:
         assert _DIRECT is not None
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | _DIRECT, 0o666)
-        # Anonymous memory begins at a page. Copied to as an array: numpy lets go of the interpreter meanwhile.
-        self._buffer = np.frombuffer(mmap.mmap(-1, _BUFFER), np.uint8)
+        self._buffer = page_aligned(
+            _BUFFER
+        )  # an array, as numpy lets go of the interpreter while it copies
         self._filled = self._size = 0
         try:
             os.pwrite(
-                self._file, self._buffer[:_BLOCK].data, 0
+                self._file, self._buffer[:BLOCK].data, 0
             )  # some say only now that they cannot
         except OSError:
             self._release()
@@ -91,7 +145,7 @@ class DirectFile(io.RawIOBase):
         if self._file < 0:
             return
         try:
-            self._filled += -self._filled % _BLOCK
+            self._filled += -self._filled % BLOCK
             self._empty()
             os.ftruncate(self._file, self._size)
         finally:

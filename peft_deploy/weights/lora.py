@@ -162,7 +162,7 @@ def _merge_band(
     merged: Array,
     name: str,
 ) -> None:
-    """Fills ``merged`` with some rows' result."""
+    """Fills ``merged`` with some rows of the result."""
     wide = A.dtype
     exact = merged if merged.dtype == wide else _exact.array(merged.shape, wide)
     base = _base.array(W.shape, wide)

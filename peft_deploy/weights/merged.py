@@ -11,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from peft_deploy.errors import AdapterError
-from peft_deploy.weights._mapped import read_ahead
 from peft_deploy.weights.cast import cast_array, cast_pieces, check_float
+from peft_deploy.weights.large_file import is_large
+from peft_deploy.weights.leases import Leases
 from peft_deploy.weights.lora import LoraPair, merge_weight, merged_pieces, require_finite
 from peft_deploy.weights.pieces import Task, along, pieces_of_array
 from peft_deploy.weights.rounding import NARROW, RoundingLoss, sampled
@@ -101,6 +102,8 @@ class MergedTensors:
         self._dtype = None if dtype is None else check_float(dtype)
         self.tied: Mapping[str, str] = getattr(source, "tied", {}) if tied is None else tied
         self._names = list(source.names())
+        large = is_large(sum(source.info(name).nbytes for name in self._names))
+        self._leases = Leases() if large else None
         self._pairs = {f"{module}.weight": pair for module, pair in adapter.pairs.items()}
         self._check_tied_pairs(adapter)
         self._replacements = self._untie(adapter)
@@ -128,6 +131,7 @@ class MergedTensors:
             CheckpointError: a value is too large for the type.
         """
         value, pair, target = self._opened(name)
+        self._note_loss(name, value, pair, target)
         if pair is not None:
             return merge_weight(value, pair, name=name, dtype=target)
         return cast_array(value, target, name=name) if target in FLOATING else value
@@ -138,25 +142,30 @@ class MergedTensors:
         Rows are bit for bit those of :meth:`read`; in columns, sums of an adapter may differ in their last bits.
         """
         value, pair, target = self._opened(name)
+        # Only what is merged: other pieces may be views of the tensor itself.
+        lease = self._leases.load(value) if self._leases is not None and pair is not None else None
+        value = value if lease is None else lease.array
+        self._note_loss(name, value, pair, target)
         if pair is not None:
             pair = pair if axis == 0 else pair.transposed()
             merge = partial(merged_pieces, pair=pair, name=name, dtype=target, height=height)
-            return along(axis, merge, value)
+            tasks = along(axis, merge, value)
+            return tasks if lease is None else lease.over(tasks)
         if target in FLOATING:
             cast = partial(cast_pieces, dtype=target, name=name, height=height)
             return along(axis, cast, value)
         return along(axis, partial(pieces_of_array, height=height), value)
 
     def _opened(self, name: str) -> tuple[Array, LoraPair | None, str]:
-        """What a parameter is made of, and the type that it gets; what rounding loses is noted on the way."""
-        target = self._target(self._source.info(name))
-        replacement, pair = self._replacements.get(name), self._pairs.get(name)
+        """What a parameter is made of, and the type that it gets."""
+        replacement = self._replacements.get(name)
         value = self._source.read(name) if replacement is None else replacement
-        read_ahead(value)
-        changed = pair is not None or replacement is not None
+        return value, self._pairs.get(name), self._target(self._source.info(name))
+
+    def _note_loss(self, name: str, value: Array, pair: LoraPair | None, target: str) -> None:
+        changed = pair is not None or name in self._replacements
         if self._losses is not None and changed and self._counts(target, pair):
             self._losses[name] = self._loss(name, value, pair, target)
-        return value, pair, target
 
     def _counts(self, target: str, pair: LoraPair | None) -> bool:
         return target in NARROW or (self._sampled and target == "float32" and pair is not None)
@@ -164,10 +173,9 @@ class MergedTensors:
     def _loss(self, name: str, value: Array, pair: LoraPair | None, target: str) -> RoundingLoss:
         """What rounding loses of a change, on a sample, against the same sum in float64."""
         sample = sampled(value.shape)
-        value, before = (
-            np.atleast_1d(value)[sample],
-            np.atleast_1d(self._original.read(name))[sample],
-        )
+        same = self._original is self._source and name not in self._replacements
+        before = np.atleast_1d(value if same else self._original.read(name))[sample]
+        value = np.atleast_1d(value)[sample]
         exact: npt.NDArray[np.float64] = value.astype(np.float64)
         if pair is None:
             rounded = cast_array(value, target, name=name)

@@ -27,7 +27,7 @@ T = TypeVar("T")
 Task = Callable[[], T]
 
 _WORKERS = max(1, min(4, os.cpu_count() or 1))
-_AHEAD = 2 * _WORKERS  # tasks that are begun and not yet handed on
+_AHEAD = 4 * _WORKERS  # tasks that are begun and not yet handed on
 
 
 @runtime_checkable
