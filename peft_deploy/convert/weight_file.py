@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ from peft_deploy.weights.pieces import in_order, pieces_of
 
 # Runtimes map the file into memory: pages for what is worth mapping, a cache line for the rest.
 PAGE, CACHE_LINE = 4096, 64
-_HASHED_LATER = 4  # pieces that are written and not yet hashed
+_BEHIND = 4  # pieces that were taken and are not yet hashed, or written
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,11 @@ class WeightFile:
         self.stored: dict[str, StoredTensor] = {}
         with disk_errors(self.output):
             self._file = open_output(path, nbytes)
-        self._digest = _Digest()
+        self._sha = hashlib.sha256()
+        self._hashing, self._writing = (
+            _Behind("sha256", self._sha.update),
+            _Behind("write", self._file.write),
+        )
         self.end = 0
 
     def __enter__(self) -> WeightFile:
@@ -84,14 +88,22 @@ class WeightFile:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._digest.close()
-        with disk_errors(self.output):
-            self._file.close()
+        try:
+            if error is None:
+                self._hashing.wait()
+                with disk_errors(self.output):
+                    self._writing.wait()
+        finally:
+            self._hashing.close()
+            self._writing.close()
+            with disk_errors(self.output):
+                self._file.close()
 
     @property
     def sha256(self) -> str:
         """Of what has been written so far, in hexadecimal."""
-        return self._digest.hexdigest()
+        self._hashing.wait()
+        return self._sha.hexdigest()
 
     def ordered(self, names: Iterable[str]) -> list[str]:
         """The order to add tensors in: layer 2 before layer 10, whatever the checkpoint's order is."""
@@ -130,9 +142,9 @@ class WeightFile:
         self._write(block.reshape(-1).view("uint8").data)
 
     def _write(self, data: bytes | memoryview) -> None:
-        self._digest.update(data)
+        self._hashing.put(data)
         with disk_errors(self.output):
-            self._file.write(data)
+            self._writing.put(data)
         self.end += len(data)
 
 
@@ -178,29 +190,33 @@ def _write_tensor(info: TensorInfo, pieces: Iterator[Array], file: WeightFile) -
         file.append(block)
 
 
-class _Digest:
-    """The sha256 of what is written, computed beside the writing."""
+class _Behind:
+    """Hands data on to a function in a thread of its own, in order and a few pieces behind.
 
-    def __init__(self) -> None:
-        self._sha = hashlib.sha256()
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="peft-deploy-sha256")
-        self._waiting: deque[Future[None]] = deque()
+    Args:
+        name: of the thread.
+        take: what is done to a piece of data.
+    """
 
-    def update(self, data: bytes | memoryview) -> None:
-        """Takes the next bytes; they must not change any more."""
-        self._waiting.append(self._pool.submit(self._sha.update, data))
-        if len(self._waiting) > _HASHED_LATER:
+    def __init__(self, name: str, take: Callable[[bytes | memoryview], object]) -> None:
+        self._take = take
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix=f"peft-deploy-{name}")
+        self._waiting: deque[Future[object]] = deque()
+
+    def put(self, data: bytes | memoryview) -> None:
+        """Takes the next bytes, which must not change any more; raises what an earlier piece met."""
+        self._waiting.append(self._pool.submit(self._take, data))
+        if len(self._waiting) > _BEHIND:
             self._waiting.popleft().result()
 
-    def hexdigest(self) -> str:
-        """Of all that was given so far."""
+    def wait(self) -> None:
+        """Until everything is done; raises what a piece met."""
         while self._waiting:
             self._waiting.popleft().result()
-        return self._sha.hexdigest()
 
     def close(self) -> None:
-        """Ends the thread; the digest can still be had."""
-        self._pool.shutdown()
+        """Ends the thread; what is waiting is not done any more."""
+        self._pool.shutdown(cancel_futures=True)
 
 
 def _by_layer(name: str) -> list[tuple[int, str]]:

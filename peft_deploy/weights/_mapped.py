@@ -88,6 +88,13 @@ def mapped_span(array: Array) -> FileSpan | None:
     return FileSpan(view.path, view.start + offset, nbytes)
 
 
+def read_sparsely(array: Array) -> None:
+    """Has the operating system read no more of a mapped file than the pages that are touched: for single elements."""
+    view = _view_of(array)
+    if view is not None and hasattr(mmap, "MADV_RANDOM"):
+        view.madvise(mmap.MADV_RANDOM)
+
+
 def _view_of(array: Array) -> _View | None:
     base: object = array
     while isinstance(base, np.ndarray):

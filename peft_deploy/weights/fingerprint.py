@@ -12,6 +12,7 @@ import math
 
 import numpy as np
 
+from peft_deploy.weights._mapped import read_sparsely
 from peft_deploy.weights.source import FLOATING, Array, TensorSource
 
 SAMPLED_ELEMENTS = 1024
@@ -31,7 +32,9 @@ def fingerprint(source: TensorSource) -> str:
         info = source.info(name)
         kind = "float" if info.dtype in FLOATING else info.dtype
         digest.update(f"{name} {kind} {list(info.shape)}\n".encode())
-        digest.update(sample(source.read(name)).tobytes())
+        array = source.read(name)
+        read_sparsely(array)
+        digest.update(sample(array).tobytes())
     return digest.hexdigest()
 
 

@@ -74,7 +74,7 @@ def fill_bundle(
         ]
         for part, file in zip(parts, files, strict=True):
             stream_weights(part.tensors, file, clock)  # while the child traces
-        fingerprint = source.fingerprint()  # now that what it looks at has just been read
+        fingerprint = source.fingerprint()
         if options.validate:
             _import_reference(job, clock)
         converted = job.result(clock.phase)

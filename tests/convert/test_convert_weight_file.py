@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import hashlib
+import threading
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 
 from peft_deploy.convert import WeightFile, stream_weights
 from peft_deploy.convert.bind import place
-from peft_deploy.errors import CheckpointError
+from peft_deploy.errors import CheckpointError, OutputError
 from peft_deploy.parity.stored_weights import difference, stored_in_onnx
 from peft_deploy.progress import Silent
 from peft_deploy.runtime import OnnxRunner
@@ -71,10 +73,28 @@ def test_a_tensor_that_is_not_what_was_announced_is_an_error(tmp_path: Path) -> 
         stream_weights(tensors, file, Silent())
 
 
+@pytest.mark.parametrize("pieces", [1, 20])
+def test_a_full_disk_is_an_error_however_late_it_is_met(pieces: int, tmp_path: Path) -> None:
+    """Of the last piece, and of one after which others come: writing runs behind."""
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with (
+        pytest.raises(OutputError, match="no space left for .*model"),
+        WeightFile(tmp_path / "model.onnx.data", tmp_path / "model") as file,
+    ):
+        file._writing._take = full
+        for i in range(pieces):
+            file.add(f"w{i}", np.ones(4, np.float32))
+    assert not [t for t in threading.enumerate() if t.name.startswith("peft-deploy-write")]
+
+
 class FileWithHole(WeightFile):
     """Can leave out bytes, which take no space on the disk."""
 
     def skip(self, size: int) -> None:
+        self._writing.wait()
         self._file.seek(size, 1)
         self.end += size
 
