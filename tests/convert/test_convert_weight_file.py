@@ -81,7 +81,7 @@ def test_a_full_disk_is_an_error_however_late_it_is_met(pieces: int, tmp_path: P
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with (
-        pytest.raises(OutputError, match="no space left for .*model"),
+        pytest.raises(OutputError, match=r"no space left for .*model"),
         WeightFile(tmp_path / "model.onnx.data", tmp_path / "model") as file,
     ):
         file._writing._take = full
