@@ -26,6 +26,7 @@ BASE = {
     "numpy": "1.26.4",
     "tokenizers": "0.21.4",
     "safetensors": "0.8.0",
+    "threadpoolctl": "3.8.0",
     "click": "8.5.1",
     "rich": "15.0.0",
     "jinja2": "3.1.6",
