@@ -110,7 +110,7 @@ class WeightFile:
         return sorted(names, key=_by_layer)
 
     def add(self, name: str, tensor: Array) -> None:
-        """Appends a tensor; its memory is free again afterwards.
+        """Appends a tensor; it is in the file and hashed afterwards, and may be changed.
 
         Raises:
             OutputError: the disk is full, or another reason of the operating system's.
@@ -119,6 +119,9 @@ class WeightFile:
         self.begin(info)
         for block in contiguous_blocks(tensor):
             self.append(block)
+        self._hashing.wait()
+        with disk_errors(self.output):
+            self._writing.wait()
 
     def begin(self, info: TensorInfo) -> None:
         """Makes a place for a tensor whose rows are then given to :meth:`append`, one piece after the other.
@@ -199,15 +202,21 @@ class _Behind:
     """
 
     def __init__(self, name: str, take: Callable[[bytes | memoryview], object]) -> None:
-        self._take = take
+        self._take: Callable[[bytes | memoryview], object] | None = take
         self._pool = ThreadPoolExecutor(1, thread_name_prefix=f"peft-deploy-{name}")
         self._waiting: deque[Future[object]] = deque()
 
     def put(self, data: bytes | memoryview) -> None:
         """Takes the next bytes, which must not change any more; raises what an earlier piece met."""
-        self._waiting.append(self._pool.submit(self._take, data))
+        self._waiting.append(self._pool.submit(self._hand_on, data))
         if len(self._waiting) > _BEHIND:
             self._waiting.popleft().result()
+
+    def _hand_on(self, data: bytes | memoryview) -> None:
+        take, self._take = self._take, None
+        if take is not None:  # else an earlier piece failed: nothing may follow it
+            take(data)
+            self._take = take
 
     def wait(self) -> None:
         """Until everything is done; raises what a piece met."""

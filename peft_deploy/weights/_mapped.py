@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 from dataclasses import dataclass
@@ -92,7 +93,8 @@ def read_sparsely(array: Array) -> None:
     """Has the operating system read no more of a mapped file than the pages that are touched: for single elements."""
     view = _view_of(array)
     if view is not None and hasattr(mmap, "MADV_RANDOM"):
-        view.madvise(mmap.MADV_RANDOM)
+        with contextlib.suppress(OSError):  # a wish, no more
+            view.madvise(mmap.MADV_RANDOM)
 
 
 def _view_of(array: Array) -> _View | None:

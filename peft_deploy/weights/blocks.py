@@ -10,8 +10,8 @@ import numpy as np
 from peft_deploy.weights.half_floats import HALVES, turned, widen
 from peft_deploy.weights.source import Array
 
-# Of 16-bit numbers, half of that: from 4 MiB on, numpy asks for huge pages, which cost next to nothing to get, while
-# memory that comes in small ones costs as much as everything that is computed in it.
+# Merged in float32 and rounded to 16 bits, half of that are left, which is still beyond the 4 MiB from which on numpy
+# asks for huge pages: those cost next to nothing to get, small ones as much as everything that is computed in them.
 BLOCK_BYTES = 16 << 20
 # Blocks of more rows than this have a multiple of them. What is computed so many rows at a time (a product rounds
 # differently for another number of rows) is then the same to the bit, however a tensor is cut.
@@ -36,7 +36,7 @@ def block_height(shape: tuple[int, ...], itemsize: int) -> int:
 def row_blocks(
     shape: tuple[int, ...], itemsize: int, height: int | None = None
 ) -> Iterator[slice]:
-    """Slices of the first dimension, each of at most 16 MiB or one row.
+    """Slices of the first dimension, each of at most 16 MiB or one row where ``height`` does not say otherwise.
 
     Args:
         shape: of the array, at least one dimension.

@@ -45,9 +45,12 @@ def cast_array(array: Array, dtype: str, *, name: str = "the tensor") -> Array:
         return array
     if array.ndim == 0:
         return cast_array(array.reshape(1), dtype, name=name).reshape(())
+    pieces = list(cast_pieces(array, dtype, name=name))
+    if len(pieces) == 1:  # nothing to share among threads
+        return pieces[0]()
     result = np.empty(array.shape, target)
     start = 0
-    for block in in_order(cast_pieces(array, dtype, name=name)):
+    for block in in_order(pieces):
         result[start : start + len(block)] = block
         start += len(block)
     return result

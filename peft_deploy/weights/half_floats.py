@@ -62,22 +62,22 @@ def widen(array: Array, out: Array) -> None:
             _widen_part(flat[part], result[part])
         return
     pairs = _pairs_of_rows(array)
-    if pairs is None or not _keeps_subnormals():
+    if pairs is None or (array.dtype == FLOAT16 and not _keeps_subnormals()):
         out[...] = array
         return
     for rows, pair in _bands(pairs):
-        if not halves_finite(pair.view(np.uint16), array.dtype):
-            out[rows] = array[rows]
-            continue
         first, second = out[rows][::2].view(np.uint32), out[rows][1::2].view(np.uint32)
-        np.left_shift(pair, _16, out=first)
         if array.dtype == BFLOAT16:
+            np.left_shift(pair, _16, out=first)
             np.bitwise_and(pair, _UPPER_HALF, out=second)
-        else:
+        elif halves_finite(pair.view(np.uint16), array.dtype):
             signed = pair.view(np.int32), first.view(np.int32), second.view(np.int32)
+            np.left_shift(pair, _16, out=first)
             np.right_shift(signed[1], _3, out=signed[1])
             np.right_shift(signed[0], _3, out=signed[2])
             _as_float32(out[rows])
+        else:
+            out[rows] = array[rows]
 
 
 def turned(array: Array, out: Array) -> None:
@@ -163,16 +163,16 @@ def _to_bfloat16(bits: Bits, result: Bits, scratch: Bits) -> None:
 
 
 def _widen_part(part: Array, out: Array) -> None:
-    if not (_keeps_subnormals() and halves_finite(part.view(np.uint16), part.dtype)):
-        out[...] = part
-        return
     bits = out.view(np.int32)
-    np.copyto(bits, part.view(np.int16))  # the sign fills the upper half
     if part.dtype == BFLOAT16:
+        np.copyto(bits, part.view(np.int16))
         np.left_shift(bits, _16.view(np.int32), out=bits)
-    else:
+    elif _keeps_subnormals() and halves_finite(part.view(np.uint16), part.dtype):
+        np.copyto(bits, part.view(np.int16))  # the sign fills the upper half
         np.left_shift(bits, _13.view(np.int32), out=bits)
         _as_float32(out)
+    else:
+        out[...] = part
 
 
 def _as_float32(out: Array) -> None:

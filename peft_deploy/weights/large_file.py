@@ -1,13 +1,15 @@
 """Files that are too large to be kept in memory as well.
 
-What is written to a file goes to the page cache first, and to the disk some time later. Of a file that the cache
-cannot hold nothing is gained by that: its pages drive out those of the checkpoint that is being read, and making room
-for them took a quarter of all computing time of an export (13.5 GB, two cores). So large files go to the disk at once.
+What is written to a file goes to the page cache first, and to the disk some time later. Where the cache cannot hold
+it beside the checkpoint that it is made of, nothing is gained by that: its pages drive out the checkpoint's, and
+making room for them took a quarter of all computing time of an export (13.5 GB, two cores). So large files go to the
+disk at once.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import mmap
 import os
@@ -16,21 +18,22 @@ from typing import IO, TYPE_CHECKING, cast
 
 import numpy as np
 
+from peft_deploy.environment import available_memory
 from peft_deploy.weights._mapped import FileSpan
 from peft_deploy.weights.source import Array
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-_SHARE = 4  # a file is large from this part of the machine's memory on
 BLOCK = 4096  # addresses, positions and lengths are multiples of it: no disk has larger sectors
 _BUFFER = 8 << 20
 _DIRECT = getattr(os, "O_DIRECT", None)  # Linux has it
 
 
 def is_large(nbytes: int) -> bool:
-    """Whether files of so many bytes are better not kept in memory as well."""
-    return nbytes * _SHARE > _memory()
+    """Whether so many bytes do not fit into memory twice: once as they are read, once as they are written."""
+    free = available_memory()
+    return free is not None and 2 * nbytes > free
 
 
 def open_output(path: Path, nbytes: int) -> IO[bytes]:
@@ -87,8 +90,14 @@ def room_for(span: FileSpan) -> int:
 
 
 def page_aligned(nbytes: int) -> Array:
-    """Fresh memory that begins at a page."""
-    memory = mmap.mmap(-1, nbytes)
+    """Fresh memory that begins at a page.
+
+    Raises:
+        OSError: there is none.
+    """
+    memory = mmap.mmap(
+        -1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    )  # what is shared gets no huge pages
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):
             memory.madvise(mmap.MADV_HUGEPAGE)
@@ -96,7 +105,7 @@ def page_aligned(nbytes: int) -> Array:
 
 
 class DirectFile(io.RawIOBase):
-    """A file that is written past the page cache.
+    """A file that is written past the page cache. After an error it can only be closed.
 
     Args:
         path: the file, made anew.
@@ -109,15 +118,12 @@ class DirectFile(io.RawIOBase):
 
     def __init__(self, path: Path) -> None:
         assert _DIRECT is not None
+        self._buffer = page_aligned(_BUFFER)
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | _DIRECT, 0o666)
-        self._buffer = page_aligned(
-            _BUFFER
-        )  # an array, as numpy lets go of the interpreter while it copies
         self._filled = self._size = 0
-        try:
-            os.pwrite(
-                self._file, self._buffer[:BLOCK].data, 0
-            )  # some say only now that they cannot
+        self._sound = True
+        try:  # some file systems say only now that they cannot
+            os.pwrite(self._file, self._buffer[:BLOCK].data, 0)
         except OSError:
             self._release()
             raise
@@ -128,6 +134,8 @@ class DirectFile(io.RawIOBase):
 
     def write(self, data: Buffer, /) -> int:
         """Appends bytes, all of them."""
+        if not self._sound:
+            raise OSError(errno.EIO, "an earlier write failed")
         array = np.frombuffer(memoryview(data), np.uint8)
         taken = 0
         while taken < array.size:
@@ -145,9 +153,10 @@ class DirectFile(io.RawIOBase):
         if self._file < 0:
             return
         try:
-            self._filled += -self._filled % BLOCK
-            self._empty()
-            os.ftruncate(self._file, self._size)
+            if self._sound:
+                self._filled += -self._filled % BLOCK
+                self._empty()
+                os.ftruncate(self._file, self._size)
         finally:
             self._release()
 
@@ -157,12 +166,7 @@ class DirectFile(io.RawIOBase):
         super().close()
 
     def _empty(self) -> None:
-        left = self._buffer[: self._filled].data
+        self._sound, left = False, self._buffer[: self._filled].data
         while left.nbytes:
             left = left[os.write(self._file, left) :]
-        self._filled = 0
-
-
-def _memory() -> int:
-    """The machine's, in bytes."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        self._sound, self._filled = True, 0

@@ -44,7 +44,10 @@ class Leases:
         span = mapped_span(array)
         if span is None or room_for(span) > _LARGEST:
             return None
-        memory = self._take(room_for(span))
+        try:
+            memory = self._take(room_for(span))
+        except OSError:  # no memory for it
+            return None
         begin = read_past_cache(span, memory)
         if begin is None:
             self._give_back(memory)

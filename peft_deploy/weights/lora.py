@@ -121,7 +121,8 @@ def merged_pieces(
     dtype: str | None = None,
     height: int | None = None,
 ) -> Iterator[Task[Array]]:
-    """The merged weight's rows in pieces, bit for bit those of :func:`merge_weight`.
+    """The merged weight's rows in pieces: taken with :func:`~peft_deploy.weights.pieces.in_order`, which gives a
+    product one thread, bit for bit those of :func:`merge_weight`.
 
     Args:
         W: see there, as all others.

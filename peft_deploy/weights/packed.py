@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from itertools import zip_longest
 
 import numpy as np
 
@@ -68,10 +70,11 @@ class PackedTensors:
                 yield from pieces_of(self._source, part, axis)
             return
         if height is None:
-            height = block_height(info.shape, np.dtype(np.float32).itemsize)
-        rows = (pieces_of(self._source, part, axis, height) for part in parts)
-        for tasks in zip(*rows, strict=True):
-            yield lambda tasks=tasks: np.concatenate([task() for task in tasks], -1)  # type: ignore[misc]
+            itemsize = max(np.dtype(np.float32).itemsize, DTYPES[info.dtype].itemsize)
+            height = block_height(info.shape, itemsize)
+        rows = [pieces_of(self._source, part, axis, height) for part in parts]
+        for tasks in zip_longest(*rows):
+            yield partial(_side_by_side, tasks, name)
 
     def _known(self, name: str) -> str:
         if name not in self._plain:
@@ -89,3 +92,11 @@ class PackedTensors:
                 )
         width = sum(info.shape[-1] for info in infos)
         return TensorInfo(name, first.dtype, (*first.shape[:-1], width))
+
+
+def _side_by_side(tasks: Sequence[Task[Array] | None], name: str) -> Array:
+    """The same rows of all parts."""
+    rows = [task() for task in tasks if task is not None]
+    if len(rows) < len(tasks) or len({len(part) for part in rows}) > 1:
+        raise CheckpointError(f"the parts of {name} are not of the same length")
+    return np.concatenate(rows, -1)

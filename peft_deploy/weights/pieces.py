@@ -7,7 +7,9 @@ with several for each of them, threads that wait for others took half of all com
 
 from __future__ import annotations
 
+import functools
 import os
+import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -40,7 +42,8 @@ class PieceSource(TensorSource, Protocol):
         Args:
             name: the tensor's.
             axis: 0 for rows, each piece in row-major order; 1 for columns of a matrix, in any memory order.
-            height: so many rows or columns in a piece, the last one excepted; a few megabytes when None.
+            height: so many rows or columns in a piece, the last one excepted; a few megabytes when None. Only for
+                what is computed row by row or column by column: a ValueError elsewhere.
         """
         ...
 
@@ -148,10 +151,9 @@ class _OneBlasThread:
 
     def __enter__(self) -> None:
         with self._lock:
+            if not self._inside:  # else it is limited already, and what it was before is known
+                self._limit.enter_context(_numpys_blas().limit(limits=1))
             self._inside += 1
-            if self._inside == 1:  # else it is limited already, and what it was before is known
-                libraries = ThreadpoolController().select(internal_api="openblas")
-                self._limit.enter_context(libraries.limit(limits=1))
 
     def __exit__(
         self,
@@ -166,3 +168,12 @@ class _OneBlasThread:
 
 
 _one_blas_thread = _OneBlasThread()
+
+
+@functools.cache
+def _numpys_blas() -> ThreadpoolController:
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore"
+        )  # of other libraries in the process that do not get on with each other
+        return ThreadpoolController().select(internal_api="openblas")

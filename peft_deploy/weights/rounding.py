@@ -57,10 +57,17 @@ class RoundingLoss:
 
 
 def sampled(shape: tuple[int, ...]) -> tuple[slice, ...]:
-    """A grid spread evenly over a tensor of at least one dimension, with about :data:`SAMPLED` elements at most."""
+    """A grid spread evenly over a tensor of at least one dimension, with at most :data:`SAMPLED` elements.
+
+    What a short axis does not use of its share is left for the longer ones.
+    """
     shape = shape or (1,)
-    per_axis = SAMPLED ** (1 / len(shape))
-    return tuple(slice(None, None, max(1, round(length / per_axis))) for length in shape)
+    steps, left = [1] * len(shape), SAMPLED
+    for done, axis in enumerate(sorted(range(len(shape)), key=lambda axis: shape[axis])):
+        share = max(1, math.floor(left ** (1 / (len(shape) - done)) + 1e-9))
+        steps[axis] = max(1, -(-shape[axis] // share))
+        left //= max(1, -(-shape[axis] // steps[axis]))
+    return tuple(slice(None, None, step) for step in steps)
 
 
 def lossy(shares: Mapping[str, float]) -> dict[str, float]:

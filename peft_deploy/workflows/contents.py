@@ -66,10 +66,11 @@ def fill_bundle(
     losses: dict[str, RoundingLoss] = {}
     precision = options.arithmetic
     parts = written_parts(source, precision, losses, pack=options.packs)
-    folder.require_space(sum(part.nbytes for part in parts))
+    nbytes = sum(part.nbytes for part in parts)
+    folder.require_space(nbytes)
     with ExitStack() as stack:
         files = [
-            stack.enter_context(weight_file(folder, options.format, part.nbytes, part.folder))
+            stack.enter_context(weight_file(folder, options.format, nbytes, part.folder))
             for part in parts
         ]
         for part, file in zip(parts, files, strict=True):
@@ -123,7 +124,14 @@ def _import_reference(job: ConversionJob, clock: PhaseClock) -> None:
 
 
 def weight_file(folder: BundleFolder, format: str, nbytes: int, part: str = "") -> WeightFile:
-    """The open file for the weights of a bundle, or of a graph in a folder of its own, ``nbytes`` or a little more."""
+    """The open file for the weights of a bundle, or of a graph in a folder of its own.
+
+    Args:
+        folder: the bundle's.
+        format: of the bundle.
+        nbytes: of all weights of the bundle, about.
+        part: the graph's folder.
+    """
     from peft_deploy.convert import ParamsFile, WeightFile
 
     place = folder.path / part

@@ -90,6 +90,29 @@ def test_a_full_disk_is_an_error_however_late_it_is_met(pieces: int, tmp_path: P
     assert not [t for t in threading.enumerate() if t.name.startswith("peft-deploy-write")]
 
 
+def test_an_array_may_be_used_again_once_it_is_added(tmp_path: Path) -> None:
+    array = np.empty(1 << 21, np.float32)
+    with WeightFile(tmp_path / "model.onnx.data") as file:
+        for i in range(3):
+            array[:] = i
+            file.add(f"w{i}", array)
+    data = (tmp_path / "model.onnx.data").read_bytes()
+    assert np.frombuffer(data, np.float32)[:: 1 << 21].tolist() == [0, 1, 2]
+    assert file.sha256 == hashlib.sha256(data).hexdigest()
+
+
+def test_a_large_file_is_the_same_past_the_page_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = Tensors({"a": (700, 900), "b": (5,), "c": (3, 40_000)})
+    for name, nbytes in (("small", 0), ("large", 1 << 20)):
+        monkeypatch.setattr("peft_deploy.weights.large_file.available_memory", lambda: 1 << 20)
+        with WeightFile(tmp_path / name, nbytes=nbytes) as file:
+            stream_weights(tensors, file, Silent())
+        assert hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() == file.sha256
+    assert (tmp_path / "small").read_bytes() == (tmp_path / "large").read_bytes()
+
+
 class FileWithHole(WeightFile):
     """Can leave out bytes, which take no space on the disk."""
 

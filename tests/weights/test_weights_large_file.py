@@ -19,7 +19,7 @@ MEMORY = 100_000
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A machine with little memory, and pieces that fill the buffer several times."""
-    monkeypatch.setattr(large_file, "_memory", lambda: MEMORY)
+    monkeypatch.setattr(large_file, "available_memory", lambda: MEMORY)
     monkeypatch.setattr(large_file, "_BUFFER", 8192)
     try:
         DirectFile(tmp_path / "probe").close()
@@ -43,7 +43,7 @@ def test_bytes_come_back(sizes: list[int], tmp_path: Path) -> None:
 
 
 def test_small_files_are_written_as_ever(tmp_path: Path) -> None:
-    with open_output(tmp_path / "file", MEMORY // 4) as file:
+    with open_output(tmp_path / "file", MEMORY // 2) as file:
         assert not isinstance(file, DirectFile)
 
 
@@ -73,6 +73,26 @@ def test_a_full_disk_is_an_error_that_leaves_no_file_open(
         file.close()
     assert file.closed
     file.close()  # again: nothing happens
+
+
+def test_nothing_follows_a_write_that_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file would have a hole that nobody knows of."""
+    write, full = os.write, OSError(errno.ENOSPC, "No space left on device")
+
+    def once(file: int, data: bytes) -> int:
+        monkeypatch.setattr(os, "write", write)
+        raise full
+
+    file = open_output(tmp_path / "file", MEMORY)
+    monkeypatch.setattr(os, "write", once)
+    with pytest.raises(OSError, match="No space left"):
+        file.write(bytes(20_000))
+    with pytest.raises(OSError, match="earlier write failed"):
+        file.write(b"more")
+    file.close()
+    assert file.closed
 
 
 def test_what_cannot_be_opened_is_the_systems_error(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from peft_deploy.weights import (
     Array,
     LoraPair,
     MergedTensors,
+    _mapped,
+    fingerprint,
     large_file,
     leases,
     open_checkpoint,
@@ -99,6 +102,43 @@ def test_memory_is_used_again_only_when_every_piece_is_there(checkpoint: Path) -
         tasks[0]()
 
 
+@pytest.mark.usefixtures("direct")
+def test_little_memory_waits_for_tensors(checkpoint: Path) -> None:
+    tensors, pool = open_checkpoint(checkpoint), Leases()
+    held = [pool.load(tensors.read("a.weight")) for _ in range(7)]
+    for lease in held:
+        assert lease is not None
+        assert list(lease.over(iter([]))) == []
+    assert len(pool._free) == leases._KEPT
+
+
+@pytest.mark.usefixtures("direct")
+def test_where_no_memory_is_left_tensors_stay_mapped(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(_nbytes: int) -> Array:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(leases, "page_aligned", none)
+    assert Leases().load(open_checkpoint(checkpoint).read("a.weight")) is None
+
+
+def test_a_fingerprint_has_nothing_read_ahead(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wishes: list[int] = []
+    monkeypatch.setattr(_mapped._View, "madvise", lambda _view, wish: wishes.append(wish))
+    tensors = open_checkpoint(checkpoint)
+    first = fingerprint(tensors)
+    assert wishes == [mmap.MADV_RANDOM] * 3
+
+    def refused(_view: object, _wish: int) -> None:
+        raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(_mapped._View, "madvise", refused)
+    assert fingerprint(tensors) == first
+
+
 def test_a_lease_without_pieces_is_over_at_once() -> None:
     given: list[int] = []
     lease = Lease(np.zeros(3), lambda: given.append(1))
@@ -122,7 +162,7 @@ def test_a_large_model_is_merged_like_a_small_one(
     tensors, adapter = open_checkpoint(checkpoint), AdapterTensors(pairs, {})
     losses = {}, {}  # type: ignore[var-annotated]
     small = MergedTensors(tensors, adapter, "float16", losses=losses[0])
-    monkeypatch.setattr(large_file, "_memory", lambda: 1000)
+    monkeypatch.setattr(large_file, "available_memory", lambda: 1000)
     monkeypatch.setattr("peft_deploy.weights.blocks.BLOCK_BYTES", 64 * 4 * COLUMNS)
     loaded: list[Lease] = []
     load = Leases.load
