@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -160,7 +161,6 @@ def export_command(
     from peft_deploy.cli._progress import RichProgress
     from peft_deploy.config.export import ExportOptions
     from peft_deploy.errors import ConfigError, ParityError
-    from peft_deploy.workflows.export import export
 
     if merge and adapters is not None:
         raise ConfigError(
@@ -199,16 +199,23 @@ def export_command(
         force=force,
         dry_run=dry_run,
     )
+    from peft_deploy.convert.process import started_early
+
+    converts = signature is None and not dry_run
     try:
-        with RichProgress() as progress:
-            result = export(
-                base,
-                output,
-                adapter=adapter_folders,
-                signature=signature,
-                options=options,
-                progress=progress,
-            )
+        with started_early() if converts else nullcontext():
+            # Not above: it takes a quarter of a second, in which the converter's process imports Paddle already.
+            from peft_deploy.workflows.export import export
+
+            with RichProgress() as progress:
+                result = export(
+                    base,
+                    output,
+                    adapter=adapter_folders,
+                    signature=signature,
+                    options=options,
+                    progress=progress,
+                )
     except ParityError as exc:
         if exc.report is not None:
             say(exc.report.table())

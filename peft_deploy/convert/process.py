@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,7 @@ from peft_deploy.convert.worker import (
     REQUEST_FILE,
 )
 from peft_deploy.environment import debugging, require
-from peft_deploy.errors import ConverterCrashError, PeftDeployError
+from peft_deploy.errors import ConverterCrashError, MissingExtraError, PeftDeployError
 
 if TYPE_CHECKING:
     from peft_deploy.convert.graph import ConvertedGraph
@@ -43,6 +43,93 @@ _RESULTS = {
     PADDLE: frozenset({PROGRAM_FILE, NAMES_FILE, CONSTANTS_FILE}),
 }
 _LOG_LINES = 12  # of the child's log, in the message about a crash
+
+
+@contextlib.contextmanager
+def started_early() -> Iterator[None]:
+    """Starts a converter's process, which imports Paddle while the caller still finds out what is to be converted.
+
+    The next job that is made within takes it over, unless the program was traced elsewhere. A process that nobody has
+    taken is ended.
+    """
+    try:
+        for package in ("paddle", "paddlenlp"):
+            require(package, "paddle", "exporting a model")
+    except MissingExtraError:  # the job says so, where its graph is not kept from before
+        yield
+        return
+    child = _Child(Path(tempfile.mkdtemp(prefix="peft-deploy-")), waits=True)
+    _early.append(child)
+    try:
+        yield
+    finally:
+        if child in _early:
+            _early.remove(child)
+            child.end()
+            shutil.rmtree(child.folder, ignore_errors=True)
+
+
+class _Child:
+    """The converter's process.
+
+    Args:
+        folder: for its request, its results and its home.
+        waits: for :meth:`go_on` before it reads the request.
+    """
+
+    def __init__(self, folder: Path, *, waits: bool = False) -> None:
+        self.folder = folder
+        self._waits, self._ended = waits, False
+        self.events, writing = os.pipe()
+        try:
+            self.process = self._start(writing)
+        except BaseException:
+            os.close(self.events)
+            raise
+        finally:
+            os.close(writing)
+
+    def go_on(self) -> None:
+        """The request is there."""
+        if self.process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):  # it has died, and the job will say so
+                self.process.stdin.write(b"\n")
+                self.process.stdin.close()
+
+    def end(self) -> None:
+        """Ends it, if it still runs."""
+        if self._ended:
+            return
+        self._ended = True
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        if self.process.stdin is not None:
+            self.process.stdin.close()
+        os.close(self.events)
+
+    def _start(self, writing: int) -> subprocess.Popen[bytes]:
+        with (self.folder / LOG_FILE).open("wb") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", f"{__package__}.worker", str(self.folder), str(writing)],
+                stdin=subprocess.PIPE if self._waits else subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                pass_fds=(writing,),
+                env=self._environment(),
+                bufsize=0,
+                start_new_session=True,  # Ctrl-C reaches us alone, and we end the child
+            )
+
+    def _environment(self) -> dict[str, str]:
+        """Ours, with a home in the folder: Paddle writes the source of what it traces to ``~/.cache`` and leaves
+        it there when the process ends early.
+        """
+        user_packages = os.environ.get("PYTHONUSERBASE") or site.getuserbase()
+        return {**os.environ, "HOME": str(self.folder), "PYTHONUSERBASE": user_packages}
+
+
+_early: list[_Child] = []  # not taken by a job yet
 
 
 class ConversionJob:
@@ -72,50 +159,42 @@ class ConversionJob:
         request = {"config": dict(config), "opset": opset, "format": format}
         request["traced"] = traced is not None
         self._format = format
-        self._process: subprocess.Popen[bytes] | None = None
+        self._child: _Child | None = None
         self._importing: threading.Thread | None = None
         # A program that was traced elsewhere can be of anything.
         self._cache = GraphCache(request) if traced is None else None
-        self._folder = Path(tempfile.mkdtemp(prefix="peft-deploy-"))
+        early = _early.pop() if _early and traced is None else None
+        self._folder = early.folder if early else Path(tempfile.mkdtemp(prefix="peft-deploy-"))
         try:
             if self._cache is None or not self._cache.take(self._folder):
-                self._begin(request, traced)
+                self._begin(request, traced, early)
+            elif early is not None:
+                early.end()
         except BaseException:
+            if early is not None:
+                early.end()
             shutil.rmtree(self._folder, ignore_errors=True)
             raise
 
-    def _begin(self, request: Mapping[str, Any], traced: Callable[[Path], None] | None) -> None:
+    def _begin(
+        self,
+        request: Mapping[str, Any],
+        traced: Callable[[Path], None] | None,
+        early: _Child | None,
+    ) -> None:
         converter = ("paddle2onnx",) if self._format == ONNX else ()
         for package in ("paddle", "paddlenlp", *converter):
             require(package, "paddle", "exporting a model")
         (self._folder / REQUEST_FILE).write_text(json.dumps(request), "utf-8")
         if traced is not None:
             traced(self._folder)
-        self._events, writing = os.pipe()
-        try:
-            self._process = self._start(writing)
-        except BaseException:
-            os.close(self._events)
-            raise
-        finally:
-            os.close(writing)
+        self._child = early or _Child(self._folder)
+        self._child.go_on()
         if self._format == ONNX:
             # Two seconds of Python that would begin when the graph is there; meanwhile the caller writes weights.
             # No daemon: a process that ends early, for an error elsewhere, must not take itself apart meanwhile.
             self._importing = threading.Thread(target=_import_libraries)
             self._importing.start()
-
-    def _start(self, writing: int) -> subprocess.Popen[bytes]:
-        with (self._folder / LOG_FILE).open("wb") as log:
-            return subprocess.Popen(
-                [sys.executable, "-m", f"{__package__}.worker", str(self._folder), str(writing)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                pass_fds=(writing,),
-                env=self._environment(),
-                start_new_session=True,  # Ctrl-C reaches us alone, and we end the child
-            )
 
     def __enter__(self) -> ConversionJob:
         return self
@@ -126,11 +205,8 @@ class ConversionJob:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._process is not None:
-            if self._process.poll() is None:
-                self._process.kill()
-            self._process.wait()
-            os.close(self._events)
+        if self._child is not None:
+            self._child.end()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def wait_for_imports(self) -> None:
@@ -150,14 +226,13 @@ class ConversionJob:
             PeftDeployError: the error that the child met, of the child's class.
             ConverterCrashError: the child died; its last log lines are in the message.
         """
-        if self._process is None:
+        if self._child is None:
             on_phase("Taking the graph from the cache")
             return self._read()
-        while lines := os.read(
-            self._events, _PIPE_BYTES
-        ):  # empty: the child closed its end or died
+        events = self._child.events
+        while lines := os.read(events, _PIPE_BYTES):  # empty: the child closed its end or died
             on_phase(lines.decode().splitlines()[-1])  # the ones before it are over already
-        status = self._process.wait()
+        status = self._child.process.wait()
         self.wait_for_imports()  # of what reads the graph
         if debugging():
             with contextlib.suppress(OSError):
@@ -179,13 +254,6 @@ class ConversionJob:
         from peft_deploy.convert.graph import ConvertedGraph
 
         return ConvertedGraph.read(self._folder)
-
-    def _environment(self) -> dict[str, str]:
-        """Ours, with a home in the folder: Paddle writes the source of what it traces to ``~/.cache`` and leaves
-        it there when the process ends early.
-        """
-        user_packages = os.environ.get("PYTHONUSERBASE") or site.getuserbase()
-        return {**os.environ, "HOME": str(self._folder), "PYTHONUSERBASE": user_packages}
 
     def _log(self) -> str:
         return (self._folder / LOG_FILE).read_text("utf-8", errors="replace")

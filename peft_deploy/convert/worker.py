@@ -8,6 +8,7 @@ phase, one a line, to EVENTS_FD.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import json
@@ -52,6 +53,10 @@ def main(folder: Path, events: int) -> int:
     def phase(title: str) -> None:
         os.write(events, f"{title}\n".encode())
 
+    if not (folder / REQUEST_FILE).exists():
+        _import_early()
+        if not sys.stdin.buffer.read(1):
+            return 0  # nobody has anything to convert
     try:
         _convert(folder, json.loads((folder / REQUEST_FILE).read_text("utf-8")), phase)
     except PeftDeployError as exc:
@@ -59,6 +64,14 @@ def main(folder: Path, events: int) -> int:
         (folder / ERROR_FILE).write_text(json.dumps(error), "utf-8")
         return 1
     return 0
+
+
+def _import_early() -> None:
+    """What takes long to import and most jobs need, before the request is there."""
+    with contextlib.suppress(Exception):  # comes up again where it is needed
+        require_paddle_models()
+        for module in ("base.dygraph", "families", "trace.program"):
+            importlib.import_module(f"peft_deploy.{module}")
 
 
 def leave_traced(

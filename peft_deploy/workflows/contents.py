@@ -24,6 +24,7 @@ from peft_deploy.bundle import (
 from peft_deploy.config.export import ONNX, ExportOptions
 from peft_deploy.config.json_file import read_object
 from peft_deploy.convert import ConversionJob
+from peft_deploy.environment import uncollected
 from peft_deploy.errors import CheckpointError
 from peft_deploy.signature import LOGITS
 from peft_deploy.text import Tokenizer
@@ -82,10 +83,11 @@ def fill_bundle(
         clock.phase("Finishing the graph")
         source.check(converted.shapes)
         made: Sequence[ConvertedGraph | StaticProgram] = converted.graphs
-        graphs = [
-            _finish(one, source, file, options, part)
-            for one, file, part in zip(made, files, parts, strict=True)
-        ]
+        with uncollected():
+            graphs = [
+                _finish(one, source, file, options, part)
+                for one, file, part in zip(made, files, parts, strict=True)
+            ]
     # Here and not above, for the same reason as below: what it imports would keep the child waiting.
     from peft_deploy.workflows.check_weights import file_facts, written_names
 

@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -14,7 +15,8 @@ from typing import Any
 import pytest
 
 from peft_deploy.convert import ConversionJob, process
-from peft_deploy.errors import ConverterCrashError, UnsupportedModelError
+from peft_deploy.convert.process import started_early
+from peft_deploy.errors import ConverterCrashError, MissingExtraError, UnsupportedModelError
 
 pytestmark = [pytest.mark.convert, pytest.mark.usefixtures("no_graph_cache")]
 
@@ -69,12 +71,12 @@ def test_the_graph_is_read_when_nothing_is_imported_any_more(
 
     monkeypatch.setattr(process, "_import_libraries", slow)
     monkeypatch.setattr(ConversionJob, "_read", read)
-    monkeypatch.setattr(ConversionJob, "_start", ended_child)
+    monkeypatch.setattr(process._Child, "_start", ended_child)
     with ConversionJob(config, 17) as job:
         assert job.result(phase) == [True]
 
 
-def ended_child(_job: ConversionJob, events: int) -> subprocess.Popen[bytes]:
+def ended_child(_child: process._Child, events: int) -> subprocess.Popen[bytes]:
     """Says that it converts, and ends."""
     script = f"import os; os.write({events}, b'Converting to ONNX\\n')"
     return subprocess.Popen([sys.executable, "-S", "-c", script], pass_fds=(events,))
@@ -82,8 +84,8 @@ def ended_child(_job: ConversionJob, events: int) -> subprocess.Popen[bytes]:
 
 def test_a_child_that_dies_is_an_error_with_its_log(config: dict[str, Any]) -> None:
     with ConversionJob(config, 17) as job:
-        assert job._process is not None
-        job._process.send_signal(signal.SIGABRT)
+        assert job._child is not None
+        job._child.process.send_signal(signal.SIGABRT)
         with pytest.raises(ConverterCrashError, match="was ended by SIGABRT"):
             job.result(lambda _title: None)
 
@@ -98,5 +100,60 @@ def test_an_error_of_the_child_arrives_as_what_it_is(config: dict[str, Any]) -> 
 
 def test_leaving_early_ends_the_child(config: dict[str, Any]) -> None:
     with ConversionJob(config, 17) as job:
-        process = job._process
-    assert process is not None and process.returncode == -signal.SIGKILL
+        child = job._child
+    assert child is not None and child.process.returncode == -signal.SIGKILL
+
+
+def test_a_process_that_was_started_early_does_the_next_job(config: dict[str, Any]) -> None:
+    with started_early():
+        (early,) = process._early
+        with ConversionJob(config, 17) as job:
+            assert job._child is early and not process._early
+            converted = job.result(lambda _title: None)
+            folder = job._folder
+        with ConversionJob(config, 17) as second:
+            assert second._child is not early
+    assert not folder.exists()
+    assert "llama.layers.1.mlp.down_proj.weight" in converted.parameters.values()
+
+
+def test_an_early_process_that_nobody_takes_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(ValueError, match="before any job"), started_early():
+        (early,) = process._early
+        raise ValueError("before any job")
+    assert early.process.returncode == -signal.SIGKILL
+    assert list(tmp_path.iterdir()) == [] and not process._early
+
+
+def test_an_early_process_whose_parent_is_gone_ends_by_itself() -> None:
+    with started_early():
+        (early,) = process._early
+        assert early.process.stdin is not None
+        early.process.stdin.close()
+        assert early.process.wait(120) == 0
+
+
+def test_an_early_process_that_died_is_an_error_with_its_log(config: dict[str, Any]) -> None:
+    with started_early():
+        (early,) = process._early
+        early.process.send_signal(signal.SIGABRT)
+        early.process.wait()
+        with (
+            ConversionJob(config, 17) as job,
+            pytest.raises(ConverterCrashError, match="was ended by SIGABRT"),
+        ):
+            job.result(lambda _title: None)
+
+
+def test_without_paddle_nothing_is_started_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph may be kept from before, and needs none."""
+
+    def missing(*_names: str) -> None:
+        raise MissingExtraError("paddle is not installed")
+
+    monkeypatch.setattr(process, "require", missing)
+    with started_early():
+        assert not process._early

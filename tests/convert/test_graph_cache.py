@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from peft_deploy.convert import ConversionJob, ConvertedGraph, graph_cache
+from peft_deploy.convert import ConversionJob, ConvertedGraph, graph_cache, process
 from peft_deploy.convert.graph_cache import CACHE_VARIABLE, GraphCache, cache_folder
 
 REQUEST: dict[str, Any] = {"config": {"model_type": "llama"}, "opset": 17, "format": "onnx"}
@@ -146,7 +147,7 @@ def test_the_graph_is_the_same_and_no_process_starts(
     def refused(*_: object) -> None:
         raise AssertionError("a process was started")
 
-    monkeypatch.setattr(ConversionJob, "_start", refused)
+    monkeypatch.setattr(process._Child, "_start", refused)
     phases: list[str] = []
     with ConversionJob(config, 17) as job:
         again = job.result(phases.append)
@@ -167,3 +168,18 @@ def test_the_graph_is_the_same_and_no_process_starts(
         np.testing.assert_array_equal(again.constants[name], array)
     with pytest.raises(AssertionError, match="a process was started"):
         ConversionJob({**config, "rope_theta": 12345.0}, 17)
+
+
+@pytest.mark.convert
+def test_a_process_that_was_started_early_is_ended_where_the_graph_is_there(
+    cache: Path, tiny_llama: Path
+) -> None:
+    config = json.loads((tiny_llama / "config.json").read_text("utf-8"))
+    with ConversionJob(config, 17) as job:
+        job.result(lambda _title: None)
+    with process.started_early():
+        (early,) = process._early
+        with ConversionJob(config, 17) as job:
+            assert early.process.returncode == -signal.SIGKILL
+            assert isinstance(job.result(lambda _title: None), ConvertedGraph)
+        assert not early.folder.exists()
