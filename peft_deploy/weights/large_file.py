@@ -98,9 +98,11 @@ def page_aligned(nbytes: int) -> Array:
     memory = mmap.mmap(
         -1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     )  # what is shared gets no huge pages
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):
-            memory.madvise(mmap.MADV_HUGEPAGE)
+    # What a disk reads into while the process forks must not be shared with the child: open(2), "NOTES", O_DIRECT.
+    for wish in ("MADV_DONTFORK", "MADV_HUGEPAGE"):
+        if hasattr(mmap, wish):
+            with contextlib.suppress(OSError):
+                memory.madvise(getattr(mmap, wish))
     return np.frombuffer(memory, np.uint8)
 
 

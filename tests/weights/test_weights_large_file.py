@@ -98,3 +98,18 @@ def test_nothing_follows_a_write_that_failed(
 def test_what_cannot_be_opened_is_the_systems_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         open_output(tmp_path / "none" / "file", MEMORY)
+
+
+def test_memory_for_direct_reads_is_not_given_to_forked_processes() -> None:
+    """While a disk reads into it, copying on write would lose what it reads: open(2)."""
+    memory = large_file.page_aligned(1 << 22)
+    address = memory.__array_interface__["data"][0]
+    flags, within = "", False
+    for line in Path("/proc/self/smaps").read_text("ascii", errors="replace").splitlines():
+        first = line.split(" ", 1)[0]
+        if "-" in first and not first.endswith(":"):
+            low, high = (int(end, 16) for end in first.split("-"))
+            within = low <= address < high
+        elif within and line.startswith("VmFlags:"):
+            flags = line
+    assert " dc" in flags
