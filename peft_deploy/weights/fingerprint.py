@@ -8,11 +8,11 @@ file are touched.
 from __future__ import annotations
 
 import hashlib
-import math
 
 import numpy as np
 
 from peft_deploy.weights._mapped import read_sparsely
+from peft_deploy.weights.grid import elements_per_axis
 from peft_deploy.weights.source import FLOATING, Array, TensorSource
 
 SAMPLED_ELEMENTS = 1024
@@ -40,23 +40,11 @@ def fingerprint(source: TensorSource) -> str:
 
 def sample(array: Array) -> Array:
     """Up to 1024 evenly spaced elements; of floats as float32, in row-major order of the grid."""
-    per_axis = _elements_per_axis(array.shape)
+    per_axis = elements_per_axis(array.shape, SAMPLED_ELEMENTS)
     picked = array[np.ix_(*(_spaced(n, k) for n, k in zip(array.shape, per_axis, strict=True)))]
     if array.dtype.kind in "biu":
         return np.ascontiguousarray(picked)
     return np.ascontiguousarray(picked, dtype=np.float32)
-
-
-def _elements_per_axis(shape: tuple[int, ...]) -> list[int]:
-    """How many positions of each axis, with a product of at most SAMPLED_ELEMENTS."""
-    counts = [0] * len(shape)
-    left = SAMPLED_ELEMENTS
-    # short axes first: what they do not use is left for the long ones
-    for done, axis in enumerate(sorted(range(len(shape)), key=lambda a: shape[a])):
-        share = math.floor(left ** (1 / (len(shape) - done)) + 1e-9)
-        counts[axis] = min(shape[axis], max(1, share))
-        left //= max(1, counts[axis])
-    return counts
 
 
 def _spaced(length: int, count: int) -> Array:

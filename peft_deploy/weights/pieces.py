@@ -172,8 +172,8 @@ _one_blas_thread = _OneBlasThread()
 
 @functools.cache
 def _numpys_blas() -> ThreadpoolController:
-    with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # of other libraries in the process that do not get on with each other
+    with (
+        warnings.catch_warnings()
+    ):  # of other libraries in the process that do not get on with each other
+        warnings.simplefilter("ignore")
         return ThreadpoolController().select(internal_api="openblas")

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from peft_deploy.errors import listed
+from peft_deploy.weights.grid import elements_per_axis
 from peft_deploy.weights.source import Array
 
 # So many elements of a tensor are looked at, on a grid spread evenly: rows differ from each other, and columns do.
@@ -57,17 +58,11 @@ class RoundingLoss:
 
 
 def sampled(shape: tuple[int, ...]) -> tuple[slice, ...]:
-    """A grid spread evenly over a tensor of at least one dimension, with at most :data:`SAMPLED` elements.
-
-    What a short axis does not use of its share is left for the longer ones.
-    """
+    """A grid spread evenly over a tensor of at least one dimension, with at most :data:`SAMPLED` elements."""
     shape = shape or (1,)
-    steps, left = [1] * len(shape), SAMPLED
-    for done, axis in enumerate(sorted(range(len(shape)), key=lambda axis: shape[axis])):
-        share = max(1, math.floor(left ** (1 / (len(shape) - done)) + 1e-9))
-        steps[axis] = max(1, -(-shape[axis] // share))
-        left //= max(1, -(-shape[axis] // steps[axis]))
-    return tuple(slice(None, None, step) for step in steps)
+    counts = elements_per_axis(shape, SAMPLED)
+    steps = (-(-length // max(1, n)) for length, n in zip(shape, counts, strict=True))
+    return tuple(slice(None, None, max(1, step)) for step in steps)
 
 
 def lossy(shares: Mapping[str, float]) -> dict[str, float]:

@@ -15,6 +15,7 @@ from peft_deploy.weights import (
     Array,
     LoraPair,
     MergedTensors,
+    RoundingLoss,
     _mapped,
     fingerprint,
     large_file,
@@ -160,7 +161,7 @@ def test_a_large_model_is_merged_like_a_small_one(
         for name in "ab"
     }
     tensors, adapter = open_checkpoint(checkpoint), AdapterTensors(pairs, {})
-    losses = {}, {}  # type: ignore[var-annotated]
+    losses: tuple[dict[str, RoundingLoss], dict[str, RoundingLoss]] = ({}, {})
     small = MergedTensors(tensors, adapter, "float16", losses=losses[0])
     monkeypatch.setattr(large_file, "available_memory", lambda: 1000)
     monkeypatch.setattr("peft_deploy.weights.blocks.BLOCK_BYTES", 64 * 4 * COLUMNS)
