@@ -6,7 +6,7 @@ so that a graph, its ``genai_config.json`` and the loop that feeds it cannot dis
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -52,6 +52,30 @@ LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
 # Those of a bank hold every adapter's: A is [adapters, in, rank], B is [adapters, rank, out].
 BANK_A, BANK_B = ".lora_A.bank", ".lora_B.bank"
 ADAPTERS = "adapters"  # entries of a bank, the one of zeros for rows without an adapter included
+# Layers that read the same input share one A, their As side by side; how many columns are whose is a slot, too:
+# int64 [layers]. Where all slots have one fixed rank, the columns are shared out evenly.
+LORA_RANKS = ".lora_A.ranks"
+_JOINT = "+"
+
+
+def joint_module(modules: Sequence[str]) -> str:
+    """What modules with one A are called together.
+
+    Args:
+        modules: of one parent, in the order of their columns.
+
+    Example:
+        >>> joint_module(["layers.0.attn.q", "layers.0.attn.v"])
+        'layers.0.attn.q+v'
+    """
+    first, *others = modules
+    return _JOINT.join([first, *(module.rpartition(".")[2] for module in others)])
+
+
+def modules_of(joint: str) -> list[str]:
+    """The inverse of :func:`joint_module`; a module that has an A of its own is the only one."""
+    parent, dot, names = joint.rpartition(".")
+    return [f"{parent}{dot}{name}" for name in names.split(_JOINT)]
 
 
 def past_names(num_layers: int) -> list[str]:

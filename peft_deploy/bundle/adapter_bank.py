@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from peft_deploy.adapters.formats.joint_lora import separate
 from peft_deploy.bundle.slots import Slot
-from peft_deploy.signature import BANK_A, BANK_B, LORA_A, LORA_B
+from peft_deploy.signature import BANK_A, BANK_B, LORA_A, LORA_B, LORA_RANKS, modules_of
 from peft_deploy.weights.source import DTYPES, Array
 
 BANK_FILE = "adapter_bank.onnx_adapter"  # all of a bundle's adapters, for other runtimes
@@ -58,16 +59,26 @@ def stack_adapters(
         adapters: A [in, R] and B [R, out] by their names in a file, of the slots' types.
 
     Returns:
-        Slot → [1 + adapters, in, R] or [1 + adapters, R, out].
+        Slot → [1 + adapters, in, R] or [1 + adapters, R, out]. An A of several layers has the columns of all of them,
+        and their ranks beside it, which are those of every entry.
     """
-    return {
-        name: _stack(slot, [tensors.get(single_name(name)) for tensors in adapters])
-        for name, slot in slots.items()
-        if is_bank_slot(name)
-    }
+    own = [separate(tensors, "the adapter") for tensors in adapters]
+    stacked = {}
+    for name, slot in slots.items():
+        if name.endswith(BANK_A):
+            modules = modules_of(name.removesuffix(BANK_A))
+            parts = [_stack(slot, [tensors.get(m + LORA_A) for tensors in own]) for m in modules]
+            stacked[name] = np.concatenate(parts, axis=-1)
+            if len(modules) > 1:
+                ranks = np.array([part.shape[-1] for part in parts], np.int64)
+                stacked[name.removesuffix(BANK_A) + LORA_RANKS] = ranks
+        elif name.endswith(BANK_B):
+            stacked[name] = _stack(slot, [tensors.get(single_name(name)) for tensors in own])
+    return stacked
 
 
 def _stack(slot: Slot, arrays: Sequence[Array | None]) -> Array:
+    """The matrices of one layer, as wide as the widest; the slot tells the size that is fixed."""
     given = {entry: array for entry, array in enumerate(arrays, 1) if array is not None}
     sizes = [
         dim if isinstance(dim, int) else max((a.shape[axis] for a in given.values()), default=0)

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from peft_deploy.adapters.formats.joint_lora import separate
 from peft_deploy.errors import AdapterError, BundleError, listed
-from peft_deploy.signature import LORA_A, LORA_B
+from peft_deploy.signature import LORA_A, LORA_B, LORA_RANKS, modules_of
 from peft_deploy.weights import cast_array
 from peft_deploy.weights.rounding import NARROW
 from peft_deploy.weights.source import Array
@@ -68,6 +69,21 @@ def read_slots(model: Path) -> dict[str, Slot]:
     return slots
 
 
+def fixed_ranks(slots: Mapping[str, Slot]) -> dict[str, int]:
+    """Module → the rank that its slots have; none for slots of any rank.
+
+    Args:
+        slots: of a graph, by name.
+    """
+    ranks = {}
+    for name, slot in slots.items():
+        modules = modules_of(name.removesuffix(LORA_A))
+        width = slot.dims[-1] if name.endswith(LORA_A) else None
+        if isinstance(width, int):
+            ranks.update(dict.fromkeys(modules, width // len(modules)))
+    return ranks
+
+
 def in_types_of(slots: Mapping[str, Slot], tensors: Mapping[str, Array]) -> dict[str, Array]:
     """An adapter's float32 tensors in the 16-bit types of a graph's slots; everything else as it is.
 
@@ -86,7 +102,8 @@ def check_slots(slots: Mapping[str, Slot], tensors: Mapping[str, Array], bundle:
     """Passes when a graph can take all tensors of an adapter.
 
     Raises:
-        AdapterError: names that it does not have, other types or shapes, an A without its B or of another rank.
+        AdapterError: names that it does not have, other types or shapes, an A without its B or of another rank, or
+            for several modules without their ranks.
     """
     unknown = [name for name in tensors if name not in slots]
     if unknown:
@@ -101,7 +118,13 @@ def check_slots(slots: Mapping[str, Slot], tensors: Mapping[str, Array], bundle:
     ]
     if wrong:
         raise AdapterError(f"the slots of {bundle} are of another type or shape:\n{listed(wrong)}")
-    _check_pairs(tensors)
+    needed = [name.removesuffix(LORA_A) + LORA_RANKS for name in tensors if name.endswith(LORA_A)]
+    missing = [name for name in needed if name in slots and name not in tensors]
+    if missing:
+        raise AdapterError(
+            f"the graph of {bundle} cannot know whose the columns of a joint lora_A are without\n{listed(missing)}"
+        )
+    _check_pairs(separate(tensors, "the adapter"))
 
 
 def _check_pairs(tensors: Mapping[str, Array]) -> None:

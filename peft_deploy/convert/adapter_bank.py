@@ -9,27 +9,32 @@ adapter, whose id is 0.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 
 from peft_deploy.convert.lora_slots import (
-    NOT_PACKED,
+    NO_GROUPS,
+    Groups,
     Linear,
     LoraSlots,
-    Packed,
+    SameInput,
     Selection,
     add_branch,
+    add_ranks,
     add_slot,
+    begin_branches,
+    by_input,
     choose_linears,
     slot_node,
+    split_product,
 )
 from peft_deploy.convert.passes.node_names import module_folder
 from peft_deploy.convert.traced_weights import weights_as_traced
 from peft_deploy.errors import ConversionError, listed
-from peft_deploy.signature import ADAPTER_IDS, ADAPTERS, BANK_A, BANK_B, BATCH
+from peft_deploy.signature import ADAPTER_IDS, ADAPTERS, BANK_A, BANK_B, BATCH, LORA_RANKS
 from peft_deploy.weights.source import DTYPES
 
 _ROW_AXIS = "bank.row_axis"  # the name of the constant [1]
@@ -47,12 +52,14 @@ _SAMPLE_BATCH = 7919  # a prime that is no other size of a model
 class AddAdapterBankPass(ir.passes.InPlacePass):
     """Adds the input ``adapter_ids``, and a ``MODULE.lora_A.bank`` and ``MODULE.lora_B.bank`` to chosen linear layers.
 
+    Those of them that read the same input have one A, as in :class:`~peft_deploy.convert.lora_slots.AddLoraSlotsPass`.
+
     Precondition: weights are bound, and go by Hugging Face's names. Postcondition: but for ``adapter_ids`` [batch]
     the graph's inputs and outputs are what they were; with zeros there so is every result.
 
     Args:
         select: which linear layers get slots.
-        packed: packed linear layer → the layers in it.
+        groups: layers that read the same input, and are one packed linear layer in some graphs.
 
     Attributes:
         added: the slots, after the pass has run.
@@ -62,29 +69,44 @@ class AddAdapterBankPass(ir.passes.InPlacePass):
             apart in what one of them gets.
     """
 
-    def __init__(self, select: Selection, packed: Packed = NOT_PACKED) -> None:
+    def __init__(self, select: Selection, groups: Groups = NO_GROUPS) -> None:
         super().__init__()
-        self._packed = packed
+        self._groups = groups
         self._select = select
         self.added: LoraSlots | None = None
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Inserts five nodes a layer, and two more where it gets one vector a row."""
+        """Inserts five nodes a layer, fewer where layers share an A, and more where one gets one vector a row."""
         graph = model.graph
-        chosen, dtype = choose_linears(graph, self._select, self._packed)
-        ranks = _input_ranks(model, chosen)
+        chosen, dtype = choose_linears(graph, self._select, self._groups)
+        dims = _input_ranks(model, chosen)
         ids = ir.val(ADAPTER_IDS, ir.DataType.INT64, ir.Shape([BATCH]))
         graph.inputs.append(ids)
         names: list[str] = []
-        for module, linear in chosen.items():
-            in_size, out_size = linear.shape
-            rank = f"{module}.rank"
-            default = _Entry(DTYPES[dtype])
-            A = add_slot(graph, module + BANK_A, (ADAPTERS, in_size, rank), default)
-            B = add_slot(graph, module + BANK_B, (ADAPTERS, rank, out_size), default)
-            branch = list(_branch(graph, linear, (A, B), ids, ranks[module], module))
-            add_branch(graph, linear, branch, module_folder(module))
-            names += [module + BANK_A, module + BANK_B]
+        default = _Entry(DTYPES[dtype])
+        for group in by_input(chosen, self._groups):
+            A = add_slot(
+                graph,
+                group.name + BANK_A,
+                (ADAPTERS, group.in_size, f"{group.name}.rank"),
+                default,
+            )
+            names.append(group.name + BANK_A)
+            vectors = dims[next(iter(group.linears))] == 2
+            product = _project_down(graph, group, A, ids, vectors=vectors)
+            parts = [product]
+            if len(group.linears) > 1:
+                names.append(group.name + LORA_RANKS)
+                parts = split_product(graph, group, product, add_ranks(graph, group))
+            for (module, linear), part in zip(group.linears.items(), parts, strict=True):
+                shape = (ADAPTERS, f"{module}.rank", linear.shape[1])
+                B = add_slot(graph, module + BANK_B, shape, default)
+                names.append(module + BANK_B)
+                folder = module_folder(module)
+                branch = _multiplied(part, B, ids, f"{folder}/lora_B")
+                if vectors:
+                    branch.append(_along_rows(graph, "Squeeze", branch[-1].outputs[0], folder))
+                add_branch(graph, linear, branch, folder)
         self.added = LoraSlots(tuple(chosen), tuple(names), None, dtype)
         return ir.passes.PassResult(model, modified=True)
 
@@ -101,29 +123,26 @@ class _Entry:
         return ir.tensor(np.zeros(sizes, self._dtype), name=name)
 
 
-def _branch(
-    graph: ir.Graph,
-    linear: Linear,
-    slots: tuple[ir.Value, ir.Value],
-    ids: ir.Value,
-    rank: int,
-    module: str,
-) -> Iterator[ir.Node]:
-    """The nodes of (x · A[ids]) · B[ids]; the last one's result is shaped as the layer's."""
-    folder = module_folder(module)
-    x = linear.input
-    if rank == 2:  # one vector a row: MatMul wants [B, 1, in] beside [B, in, R]
-        widened = slot_node("Unsqueeze", [x, _row_axis(graph)], f"{folder}/lora")
-        yield widened
-        x = widened.outputs[0]
-    for half, slot in zip("AB", slots, strict=True):
-        own = slot_node("Gather", [slot, ids], f"{folder}/lora_{half}")
-        product = slot_node("MatMul", [x, own.outputs[0]], f"{folder}/lora_{half}")
-        yield own
-        yield product
-        x = product.outputs[0]
-    if rank == 2:
-        yield slot_node("Squeeze", [x, _row_axis(graph)], f"{folder}/lora")
+def _project_down(
+    graph: ir.Graph, group: SameInput, A: ir.Value, ids: ir.Value, *, vectors: bool
+) -> ir.Value:
+    """X · A[ids]; where x is one vector a row MatMul wants [batch, 1, in] beside [batch, in, R]."""
+    folder, x = module_folder(group.name), group.input
+    nodes = [_along_rows(graph, "Unsqueeze", x, folder)] if vectors else []
+    nodes += _multiplied(nodes[0].outputs[0] if nodes else x, A, ids, f"{folder}/lora_A")
+    begin_branches(graph, group, nodes)
+    return nodes[-1].outputs[0]
+
+
+def _multiplied(x: ir.Value, slot: ir.Value, ids: ir.Value, folder: str) -> list[ir.Node]:
+    """The nodes of x · slot[ids]."""
+    own = slot_node("Gather", [slot, ids], folder)
+    return [own, slot_node("MatMul", [x, own.outputs[0]], folder)]
+
+
+def _along_rows(graph: ir.Graph, operator: str, x: ir.Value, folder: str) -> ir.Node:
+    """A node that adds the axis behind the batch, or takes it away."""
+    return slot_node(operator, [x, _row_axis(graph)], f"{folder}/lora")
 
 
 def _row_axis(graph: ir.Graph) -> ir.Value:

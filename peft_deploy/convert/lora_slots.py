@@ -1,9 +1,10 @@
-"""Slots for LoRA: two inputs beside a linear layer, empty by default, which an adapter fills at run time.
+"""Slots for LoRA: inputs beside a linear layer, empty by default, which an adapter fills at run time.
 
     y = x · W + bias   becomes   y = (x · W + bias) + (x · A) · B
 
 A is [in, R] and B is [R, out], with the adapter's scaling in it; both are graph inputs and initializers at once, what
-ONNX calls inputs with a default. With the default of rank 0 the second term is exactly zero.
+ONNX calls inputs with a default. With the default of rank 0 the second term is exactly zero. Layers that read the same
+input, such as q, k and v, share one A with the columns of all of them, which their input is multiplied by in one go.
 """
 
 from __future__ import annotations
@@ -16,18 +17,19 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from peft_deploy.convert.pack_linears import split_sizes
 from peft_deploy.convert.passes.node_names import module_folder
 from peft_deploy.convert.weight_file import WeightFile
 from peft_deploy.errors import ConversionError
-from peft_deploy.signature import LORA_A, LORA_B
+from peft_deploy.signature import LORA_A, LORA_B, LORA_RANKS, joint_module
 from peft_deploy.weights.source import DTYPES
 
 _WEIGHT, _BIAS = ".weight", ".bias"
 _ZEROS = "slots.zeros"  # in the file of weights: what every slot of a fixed rank holds at first
 
-# Packed linear layer → the layers in it, in the order of their columns.
-Packed = Mapping[str, Sequence[str]]
-NOT_PACKED: Packed = {}
+# Packed linear layer → the layers in it, in the order of their columns; whether or not a graph has them packed.
+Groups = Mapping[str, Sequence[str]]
+NO_GROUPS: Groups = {}
 
 # Given the module names of all linear layers of a graph, those that get slots.
 Selection = Callable[[Sequence[str]], Sequence[str]]
@@ -39,8 +41,8 @@ class LoraSlots:
 
     Args:
         modules: of the layers that have them, by Hugging Face's names.
-        names: A and B of each module, as the graph's inputs follow each other.
-        rank: R of all slots; None where each takes any rank.
+        names: of the graph's inputs, as they follow each other.
+        rank: R of all layers; None where each takes any rank.
         dtype: numpy's name of their element type.
     """
 
@@ -62,6 +64,9 @@ class LoraSlots:
 class AddLoraSlotsPass(ir.passes.InPlacePass):
     """Adds ``MODULE.lora_A.weight`` [in, rank] and ``MODULE.lora_B.weight`` [rank, out] to chosen linear layers.
 
+    Those of them that read the same input have one A [in, sum of their ranks], called after all of them, and
+    ``….lora_A.ranks`` [layers], int64, which says how many of its columns are whose.
+
     Precondition: weights are bound, and go by Hugging Face's names. Postcondition: the graph's other inputs and its
     outputs are what they were; without an adapter so is every result, bit by bit.
 
@@ -72,7 +77,7 @@ class AddLoraSlotsPass(ir.passes.InPlacePass):
         select: which linear layers get slots.
         file: of the weights; gets the zeros of a fixed rank.
         rank: R for runtimes that take no empty tensors; None leaves it open.
-        packed: packed linear layer → the layers in it; each of them gets slots of its own.
+        groups: layers that read the same input, and are one packed linear layer in some graphs.
 
     Attributes:
         added: the slots, after the pass has run.
@@ -86,40 +91,55 @@ class AddLoraSlotsPass(ir.passes.InPlacePass):
         select: Selection,
         file: WeightFile,
         rank: int | None = None,
-        packed: Packed = NOT_PACKED,
+        groups: Groups = NO_GROUPS,
     ) -> None:
         super().__init__()
-        self._packed = packed
+        self._groups = groups
         self._select = select
         self._file = file
         self._rank = rank
         self.added: LoraSlots | None = None
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Inserts three nodes a layer."""
+        """Inserts three nodes a layer, or two and for layers that share an A two more."""
         graph = model.graph
-        chosen, dtype = choose_linears(graph, self._select, self._packed)
-        default = self._defaults(chosen, dtype)
+        chosen, dtype = choose_linears(graph, self._select, self._groups)
+        shared = by_input(chosen, self._groups)
+        default = self._defaults(shared, dtype)
         names: list[str] = []
-        for module, linear in chosen.items():
-            in_size, out_size = linear.shape
-            rank = self._rank or f"{module}.rank"
-            A = add_slot(graph, module + LORA_A, (in_size, rank), default)
-            B = add_slot(graph, module + LORA_B, (rank, out_size), default)
-            folder = module_folder(module)
-            xA = slot_node("MatMul", [linear.input, A], f"{folder}/lora_A")
-            xAB = slot_node("MatMul", [xA.outputs[0], B], f"{folder}/lora_B")
-            add_branch(graph, linear, [xA, xAB], folder)
-            names += [module + LORA_A, module + LORA_B]
+        for group in shared:
+            rank = self._rank
+            width = f"{group.name}.rank" if rank is None else rank * len(group.linears)
+            A = add_slot(graph, group.name + LORA_A, (group.in_size, width), default)
+            names.append(group.name + LORA_A)
+            product = slot_node("MatMul", [group.input, A], f"{module_folder(group.name)}/lora_A")
+            begin_branches(graph, group, [product])
+            parts = [product.outputs[0]]
+            if len(group.linears) > 1:
+                if rank is None:
+                    sizes = add_ranks(graph, group)
+                    names.append(group.name + LORA_RANKS)
+                else:
+                    sizes = split_sizes(graph, [rank] * len(group.linears))
+                parts = split_product(graph, group, product.outputs[0], sizes)
+            for (module, linear), part in zip(group.linears.items(), parts, strict=True):
+                dims = (f"{module}.rank" if rank is None else rank, linear.shape[1])
+                B = add_slot(graph, module + LORA_B, dims, default)
+                names.append(module + LORA_B)
+                folder = module_folder(module)
+                add_branch(
+                    graph, linear, [slot_node("MatMul", [part, B], f"{folder}/lora_B")], folder
+                )
         self.added = LoraSlots(tuple(chosen), tuple(names), self._rank, dtype)
         return ir.passes.PassResult(model, modified=bool(chosen))
 
-    def _defaults(self, chosen: Mapping[str, Linear], dtype: str) -> Default:
+    def _defaults(self, shared: Sequence[SameInput], dtype: str) -> Default:
         """Empty tensors in the graph itself; or zeros, which all slots share and the file holds once."""
         if self._rank is None:
             return _EmptyDefault(DTYPES[dtype])
-        largest = max((size for linear in chosen.values() for size in linear.shape), default=0)
-        self._file.add(_ZEROS, np.zeros(largest * self._rank, DTYPES[dtype]))
+        widths = [group.in_size * len(group.linears) for group in shared]
+        widths += [linear.shape[1] for group in shared for linear in group.linears.values()]
+        self._file.add(_ZEROS, np.zeros(max(widths, default=0) * self._rank, DTYPES[dtype]))
         return _ZeroDefault(self._file, DTYPES[dtype])
 
 
@@ -140,7 +160,7 @@ class Linear:
     dtype: str
 
 
-def find_linears(graph: ir.Graph, packed: Packed = NOT_PACKED) -> dict[str, Linear]:
+def find_linears(graph: ir.Graph, groups: Groups = NO_GROUPS) -> dict[str, Linear]:
     """The linear layers of a graph whose weights are bound, by module, in the order in which they are computed.
 
     A layer is a MatMul by a weight ``MODULE.weight`` [in, out] that nothing else uses, with ``MODULE.bias`` added to
@@ -148,7 +168,7 @@ def find_linears(graph: ir.Graph, packed: Packed = NOT_PACKED) -> dict[str, Line
 
     Args:
         graph: to look through.
-        packed: packed layer → the layers in it.
+        groups: packed layer → the layers in it.
     """
     found: dict[str, Linear] = {}
     for node in graph:
@@ -166,7 +186,7 @@ def find_linears(graph: ir.Graph, packed: Packed = NOT_PACKED) -> dict[str, Line
         layer = Linear(
             read, _with_bias(node.outputs[0], module), (in_size, out_size), _numpy_name(tensor)
         )
-        found.update(_parts(layer, packed[module]) if module in packed else [(module, layer)])
+        found.update(_parts(layer, groups[module]) if module in groups else [(module, layer)])
     return found
 
 
@@ -183,14 +203,14 @@ def _parts(layer: Linear, modules: Sequence[str]) -> Iterator[tuple[str, Linear]
 
 
 def choose_linears(
-    graph: ir.Graph, select: Selection, packed: Packed = NOT_PACKED
+    graph: ir.Graph, select: Selection, groups: Groups = NO_GROUPS
 ) -> tuple[dict[str, Linear], str]:
     """The linear layers that are to get slots, by module, and the element type that they share.
 
     Raises:
         ConversionError: they are of several element types.
     """
-    linears = find_linears(graph, packed)
+    linears = find_linears(graph, groups)
     chosen = {module: linears[module] for module in select(list(linears))}
     dtypes = {linear.dtype for linear in chosen.values()}
     if len(dtypes) > 1:
@@ -198,6 +218,57 @@ def choose_linears(
             f"the layers that are to get slots are of several element types: {', '.join(sorted(dtypes))}"
         )
     return chosen, dtypes.pop() if dtypes else "float32"
+
+
+@dataclass(frozen=True)
+class SameInput:
+    """Linear layers that read the same input, or one alone; they share an A.
+
+    Args:
+        linears: by module, in the order of A's columns.
+    """
+
+    linears: Mapping[str, Linear]
+
+    @property
+    def name(self) -> str:
+        """What they are called together."""
+        return joint_module(list(self.linears))
+
+    @property
+    def input(self) -> ir.Value:
+        """What they read."""
+        return self._first.input
+
+    @property
+    def in_size(self) -> int:
+        """Its width."""
+        return self._first.shape[0]
+
+    @property
+    def result(self) -> ir.Value:
+        """Of the one that is computed first."""
+        return self._first.result
+
+    @property
+    def _first(self) -> Linear:
+        return next(iter(self.linears.values()))
+
+
+def by_input(chosen: Mapping[str, Linear], groups: Groups) -> list[SameInput]:
+    """Layers that get slots, those together that one group names and that read the same value.
+
+    Args:
+        chosen: in the order in which they are computed.
+        groups: packed layer → the layers in it.
+    """
+    packed = {part: module for module, parts in groups.items() for part in parts}
+    found: dict[Any, dict[str, Linear]] = {}
+    for module, linear in chosen.items():
+        parent = module.rpartition(".")[0]
+        key = (packed[module], parent, id(linear.input)) if module in packed else module
+        found.setdefault(key, {})[module] = linear
+    return [SameInput(linears) for linears in found.values()]
 
 
 def in_numbered_layers(modules: Sequence[str]) -> list[str]:
@@ -260,6 +331,45 @@ def add_slot(
     graph.inputs.append(value)
     graph.register_initializer(value)
     return value
+
+
+def add_ranks(graph: ir.Graph, group: SameInput) -> ir.Value:
+    """The slot that says how many columns of a joint A belong to which layer; none by default."""
+    dims = (len(group.linears),)
+    return add_slot(graph, group.name + LORA_RANKS, dims, _EmptyDefault(np.dtype(np.int64)))
+
+
+def split_product(
+    graph: ir.Graph, group: SameInput, product: ir.Value, sizes: ir.Value
+) -> list[ir.Value]:
+    """Each layer's part of what a joint A gives.
+
+    Args:
+        graph: with the layers.
+        group: the layers.
+        product: x · A.
+        sizes: how many columns are whose.
+    """
+    folder = f"{module_folder(group.name)}/lora_A"
+    split = ir.Node(
+        "",
+        "Split",
+        [product, sizes],
+        [ir.AttrInt64("axis", -1)],
+        num_outputs=len(group.linears),
+        name=f"{folder}/Split",
+    )
+    for i, value in enumerate(split.outputs):
+        value.name = f"{split.name}_output_{i}"
+    begin_branches(graph, group, [split])
+    return list(split.outputs)
+
+
+def begin_branches(graph: ir.Graph, group: SameInput, nodes: Sequence[ir.Node]) -> None:
+    """Inserts what all branches of some layers begin with, in front of the first of them."""
+    producer = group.result.producer()
+    assert producer is not None  # a layer's result is computed
+    graph.insert_before(producer, nodes)
 
 
 def add_branch(graph: ir.Graph, linear: Linear, branch: Sequence[ir.Node], folder: str) -> None:

@@ -11,6 +11,7 @@ from peft_deploy.bundle.adapter_files import ADAPTER_SUFFIX, adapter_path
 from peft_deploy.bundle.manifest import Manifest
 from peft_deploy.bundle.slots import Slot
 from peft_deploy.errors import AdapterError, ConfigError
+from peft_deploy.runtime.active_adapters import slot_values
 from peft_deploy.runtime.adapter_bank import AdapterBank, check_capacity
 from peft_deploy.runtime.loaded_adapter import LoadedAdapter, read_for_slots
 from peft_deploy.runtime.onnx_runner import OnnxRunner
@@ -96,9 +97,7 @@ class AdapterShelf:
             raise _unknown(missing[0], loaded)
         if bank is None:
             active = [loaded[name] for name in names]
-            _check_disjoint(active)
-            values = {slot: value for a in active for slot, value in a.values(scale).items()}
-            return self._base.with_slots(values)
+            return self._base.with_slots(slot_values(active, scale, self._base.provider))
         if len(names) > 1:
             raise AdapterError(
                 f"{', '.join(names)} cannot be active together: a row of a batch uses one adapter of the bank",
@@ -159,17 +158,3 @@ def _unknown(name: str, loaded: Mapping[str, LoadedAdapter]) -> AdapterError:
         f"no adapter {name!r} is loaded",
         hint=f"there is {known}" if known else "load_adapter() it first",
     )
-
-
-def _check_disjoint(active: Sequence[LoadedAdapter]) -> None:
-    """Onnxruntime would let one of the two win without a word."""
-    owner: dict[str, str] = {}
-    for adapter in active:
-        both = {owner[slot] for slot in adapter.slots if slot in owner}
-        if both:
-            raise AdapterError(
-                f"the adapters {', '.join(sorted(both))} and {adapter.name} fill the same slots, so they cannot "
-                "be active together",
-                hint="name one of them",
-            )
-        owner.update(dict.fromkeys(adapter.slots, adapter.name))

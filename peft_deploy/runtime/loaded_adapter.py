@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from peft_deploy.adapters.formats.joint_lora import join, separate
 from peft_deploy.adapters.formats.onnx_adapter import refuse_bank
 from peft_deploy.adapters.formats.onnx_file import UNKNOWN_BASE, model_version, read_onnx_file
 from peft_deploy.bundle.prefixes import check_prefix_tensors
@@ -42,7 +43,6 @@ class LoadedAdapter:
     def __init__(self, name: str, path: Path, tensors: Mapping[str, Array], device: str) -> None:
         self.name = name
         self.path = path
-        self.slots = frozenset(tensors)
         self.tensors = dict(tensors)
         self.rank = max((a.shape[0] for n, a in tensors.items() if n.endswith(LORA_B)), default=0)
         keys = (a for n, a in tensors.items() if n == PREFIX_KEY_TEMPLATE % 0)
@@ -126,7 +126,9 @@ def read_for_slots(
             f"{file.model_version:#x}, that of {bundle} is {expected:#x}",
             hint="convert it for this bundle's base: peft-deploy adapter convert … --to onnx --for BUNDLE",
         )
-    tensors = in_types_of(slots, file.tensors)
+    # Whether the As of layers with one input stand side by side differs by graph; an adapter fits either way.
+    own = separate(file.tensors, str(path))
+    tensors = in_types_of(slots, join(own, slots, str(path)))
     check_slots(slots, tensors, bundle)
     check_prefix_tensors(tensors, slots, str(path), context_length)
     return LoadedAdapter(name, path, tensors, device)

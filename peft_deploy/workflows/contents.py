@@ -173,6 +173,7 @@ def _finish(
         last_logits=options.last_logits and LOGITS in part.signature.output_names,
         precision=options.arithmetic,
         packed=part.packed,
+        same_input=part.same_input,
         signature=part.signature,
     )
 

@@ -31,10 +31,11 @@ from peft_deploy.adapters.formats.peft_writer import (
 from peft_deploy.adapters.formats.prefix import EMBEDDING, PrefixAdapter, read_prefix, write_prefix
 from peft_deploy.adapters.formats.uniform import UniformLora, adapter_of_pairs, make_uniform
 from peft_deploy.atomic_folder import AtomicFolder, FolderKind, check_output
-from peft_deploy.bundle.slots import check_slots
+from peft_deploy.bundle.slots import check_slots, fixed_ranks
 from peft_deploy.config import LORA_CONFIG_NAME, PREFIX_CONFIG_NAME
 from peft_deploy.config.json_file import make_folder
 from peft_deploy.errors import AdapterError, CheckpointError, OutputError
+from peft_deploy.signature import LORA_B
 from peft_deploy.weights import Array, LoraPair, cast_array
 from peft_deploy.workflows.adapter_target import AdapterTarget, find_target
 from peft_deploy.workflows.convert_prefix import PREFIX_OUTPUTS, write_evaluated_prefix
@@ -197,15 +198,9 @@ def _to_onnx(
     result: ConvertedAdapter, adapter: Adapter, target: AdapterTarget, dtype: str | None
 ) -> ConvertedAdapter:
     slots, names = target.slots, target.names
-    types = {slot.dtype for name, slot in slots.items() if ".lora_" in name}
+    types = {slot.dtype for name, slot in slots.items() if name.endswith(LORA_B)}
     dtype = dtype or (types.pop() if len(types) == 1 else ONNX_DTYPE)
-    fixed = {
-        name: slot.dims[1]
-        for name, slot in slots.items()
-        if name.endswith(".lora_A.weight") and isinstance(slot.dims[-1], int)
-    }
-    ranks = {name: rank for name, rank in fixed.items() if isinstance(rank, int)}
-    tensors = onnx_tensors(adapter, names, dtype, ranks, slots)
+    tensors = onnx_tensors(adapter, names, dtype, fixed_ranks(slots), slots)
     if target.bundle is not None:
         check_slots(slots, tensors, target.bundle)
     version = model_version(target.fingerprint())
@@ -223,10 +218,10 @@ def _to_onnx(
         raise OutputError(f"{output} cannot be written: {exc.strerror or exc}") from exc
     finally:
         temporary.unlink(missing_ok=True)
-    slot_of = {
-        m: slot_names(name)[0] for m, (name, _) in huggingface_modules(adapter, names).items()
+    widths = {
+        module: tensors[slot_names(name)[1]].shape[0]
+        for module, (name, _) in huggingface_modules(adapter, names).items()
     }
-    widths = {m: tensors[slot].shape[1] for m, slot in slot_of.items()}
     return replace(
         result,
         dtype=dtype,

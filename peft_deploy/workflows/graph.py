@@ -41,6 +41,7 @@ def finish_graph(
     *,
     fusion: str = PLAIN,
     packed: Sequence[PackedLinear] = (),
+    same_input: Sequence[PackedLinear] = (),
     lora_slots: Selection | None = None,
     slot_rank: int | None = None,
     adapter_bank: int | None = None,
@@ -59,6 +60,7 @@ def finish_graph(
         path: where the graph goes, beside the file.
         fusion: how far operators are put together, one of :data:`~peft_deploy.config.export.FUSE_LEVELS`.
         packed: linear layers that the file holds as one matrix.
+        same_input: those that read the same input, packed or not: their slots share an A.
         lora_slots: which linear layers get slots for LoRA, if any are to have them.
         slot_rank: rank of those slots; None leaves it open.
         adapter_bank: how many adapters these slots are to hold at once, each row of a batch naming its own; None
@@ -93,15 +95,15 @@ def finish_graph(
     bind_weights(converted, file, lambda name: own.get(name) or _initializer(names, name))
     fused, opset = _fuse(converted, fusion, opset)
     facts: dict[str, Any] = {"removed": removed, **fused}
-    modules = graph_modules(packed, names)
-    if modules:
-        facts["packed"] = modules
+    if packed:
+        facts["packed"] = graph_modules(packed, names)
+    groups = graph_modules(same_input, names)
     slots: list[str] = []
     if lora_slots is not None:
         adding = (
-            AddLoraSlotsPass(lora_slots, file, slot_rank, modules)
+            AddLoraSlotsPass(lora_slots, file, slot_rank, groups)
             if adapter_bank is None
-            else AddAdapterBankPass(lora_slots, modules)
+            else AddAdapterBankPass(lora_slots, groups)
         )
         adding(converted.model)
         assert adding.added is not None  # the pass has run

@@ -30,12 +30,14 @@ class GraphPart:
         folder: of the graph and its weights, relative to the bundle's; empty for the bundle's own.
         signature: its inputs and outputs as it is traced, in float32.
         tensors: the weights that it computes with; what both graphs need is in both files.
-        packed: linear layers that are one matrix in ``tensors``.
+        same_input: linear layers that read the same input.
+        packed: those of them that are one matrix in ``tensors``.
     """
 
     folder: str
     signature: GraphSignature
     tensors: TensorSource
+    same_input: tuple[PackedLinear, ...] = ()
     packed: tuple[PackedLinear, ...] = ()
 
     @property
@@ -54,15 +56,18 @@ def graph_parts(
         tensors: all weights of the bundle.
         pack: make linear layers that read the same input one matrix.
     """
-    parts = _parts(source, tensors)
-    return [_packed(part, source) for part in parts] if pack else parts
+    rules = source.family.pack_rules(source.config)
+    # By names alone: the weights are written before the graph is known.
+    parts = [
+        replace(part, same_input=tuple(find_packed(rules, part.tensors.names())))
+        for part in _parts(source, tensors)
+    ]
+    return [_packed(part) for part in parts] if pack else parts
 
 
-def _packed(part: GraphPart, source: ExportSource) -> GraphPart:
-    """Packs by names alone: the weights are written before the graph is known."""
-    found = find_packed(source.family.pack_rules(source.config), part.tensors.names())
-    tensors = {name: parts for group in found for name, parts in group.tensors.items()}
-    return replace(part, tensors=PackedTensors(part.tensors, tensors), packed=tuple(found))
+def _packed(part: GraphPart) -> GraphPart:
+    tensors = {name: own for group in part.same_input for name, own in group.tensors.items()}
+    return replace(part, tensors=PackedTensors(part.tensors, tensors), packed=part.same_input)
 
 
 def _parts(source: ExportSource, tensors: TensorSource) -> list[GraphPart]:

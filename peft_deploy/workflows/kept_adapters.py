@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from peft_deploy.adapters import Adapter
-from peft_deploy.adapters.formats.onnx_adapter import onnx_tensors, slot_names
+from peft_deploy.adapters.formats.onnx_adapter import onnx_tensors
 from peft_deploy.adapters.formats.onnx_file import MAX_BYTES, model_version, write_onnx_adapter
 from peft_deploy.adapters.formats.peft_writer import huggingface_modules, refuse_unmergeable
 from peft_deploy.atomic_folder import disk_errors
 from peft_deploy.bundle import MODEL
-from peft_deploy.bundle.adapter_bank import BANK_FILE, stack_adapters
+from peft_deploy.bundle.adapter_bank import BANK_FILE, single_name, stack_adapters
 from peft_deploy.bundle.adapter_files import adapter_path
 from peft_deploy.bundle.folder import BundleFolder
 from peft_deploy.bundle.slots import read_slots
@@ -214,8 +214,8 @@ def kept_tensors(
         source: the model.
         slots: what the manifest says of the graph's slots.
     """
-    rank, modules = slots["rank"], slots["targets"]
-    ranks = {} if rank is None else {slot_names(module)[0]: rank for module in modules}
+    rank = slots["rank"]
+    ranks = {} if rank is None else dict.fromkeys(slots["targets"], rank)
     names = source.family.names(source.config)
-    own = [name for module in modules for name in slot_names(module)]
+    own = [single_name(slot) for slot in slots["names"]]
     return onnx_tensors(adapter, names, slots["dtype"], ranks, own)

@@ -1,7 +1,8 @@
 """``.onnx_adapter`` files: the tensors that onnxruntime puts in place of a graph's LoRA slots.
 
 A is [in, R], B is [R, out] and holds the scaling; both have the graph's element type. The names are those of the
-graph's slots, ``model.layers.0.self_attn.q_proj.lora_A.weight``.
+graph's slots, ``model.layers.0.self_attn.q_proj.lora_A.weight``. Where layers that read the same input share an A, see
+:mod:`~peft_deploy.adapters.formats.joint_lora`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from peft_deploy.adapters.formats.adapter import Adapter
+from peft_deploy.adapters.formats.joint_lora import join, separate
 from peft_deploy.adapters.formats.onnx_file import OnnxAdapterFile, read_onnx_file
 from peft_deploy.adapters.formats.peft_writer import huggingface_modules, refuse_unmergeable
 from peft_deploy.adapters.formats.uniform import adapter_of_pairs, pad_rank
@@ -48,8 +50,9 @@ def onnx_tensors(
         adapter: any.
         names: of the base model's family.
         dtype: the graph's.
-        ranks: slot of A → its rank, for graphs whose slots have a fixed one; filled up with zeros.
-        slots: of the graph, where they are known; a module that has some is a linear layer.
+        ranks: module → the rank of its slots, for graphs whose slots have a fixed one; filled up with zeros.
+        slots: of the graph, where they are known; a module that has some is a linear layer, and As stand side by side
+            where they are one slot. Otherwise every module has its own.
 
     Raises:
         AdapterError: something that slots cannot represent, a rank that is too large, or values that are
@@ -64,7 +67,7 @@ def onnx_tensors(
         )
     result: dict[str, Array] = {}
     modules = huggingface_modules(adapter, names)
-    embeddings = [n for n, odd in modules.values() if odd and slot_names(n)[0] not in slots]
+    embeddings = [n for n, odd in modules.values() if odd and slot_names(n)[1] not in slots]
     if embeddings:
         raise AdapterError(
             f"{adapter.path} adapts embeddings; slots for LoRA are those of linear layers:\n{listed(embeddings)}",
@@ -72,7 +75,7 @@ def onnx_tensors(
         )
     for module, (name, _) in modules.items():
         pair, (slot_A, slot_B) = adapter.pairs[module], slot_names(name)
-        rank = (ranks or {}).get(slot_A, pair.rank)
+        rank = (ranks or {}).get(name, pair.rank)
         if rank < pair.rank:
             raise AdapterError(
                 f"{adapter.path}: {name} has rank {pair.rank}, its slot takes {rank}"
@@ -84,7 +87,7 @@ def onnx_tensors(
             result[slot_B] = cast_array(scaled, dtype, name=f"scaling · {slot_B}")
         except CheckpointError as exc:
             raise AdapterError(f"{adapter.path}: {exc.message}", hint=exc.hint) from exc
-    return result
+    return join(result, slots, str(adapter.path))
 
 
 def read_onnx_adapter(path: Path, names: NameMap, *, num_layers: int | None = None) -> Adapter:
@@ -137,7 +140,7 @@ def onnx_pairs(file: OnnxAdapterFile) -> dict[str, LoraPair]:
         )
     halves: dict[str, dict[str, Array]] = {}
     strange = []
-    for name, array in file.tensors.items():
+    for name, array in separate(file.tensors, str(file.path)).items():
         match = _NAME.fullmatch(name)
         if match is None or match[2] in halves.setdefault(match[1], {}):
             strange.append(name)

@@ -14,7 +14,7 @@ import numpy as np
 from peft_deploy.config.json_file import make_folder
 from peft_deploy.environment import require_onnxruntime
 from peft_deploy.errors import AdapterError, OutputError, listed
-from peft_deploy.signature import PREFIX_OFFSET
+from peft_deploy.signature import LORA_RANKS, PREFIX_OFFSET
 from peft_deploy.weights.source import DTYPES, Array
 
 SUFFIX = ".onnx_adapter"
@@ -22,7 +22,7 @@ ADAPTER_VERSION = 1
 UNKNOWN_BASE = (0, 1)  # model_version: not said; what onnxruntime's examples and Olive write
 MAX_BYTES = 2**31 - 1  # offsets in the file are signed 32-bit numbers
 MAGIC, MAGIC_AT = b"TORT", 4  # the file identifier of onnxruntime's adapter schema
-# TensorProto.DataType; the int64 is a prefix's offset.
+# TensorProto.DataType; int64 are a prefix's offset and the ranks in a joint A.
 _ONNX_TYPES = {"float32": 1, "int64": 7, "float16": 10, "float64": 11, "bfloat16": 16}
 _DTYPE_OF = {number: dtype for dtype, number in _ONNX_TYPES.items()}
 
@@ -109,7 +109,7 @@ def read_onnx_file(path: Path) -> OnnxAdapterFile:
     Raises:
         MissingExtraError: onnxruntime is not installed.
         AdapterError: no such file, another kind of file, a damaged one, tensors that are not floating-point
-            numbers but for a prefix's offset, NaN or infinity.
+            numbers but for a prefix's offset and the ranks in a joint A, NaN or infinity.
     """
     require_onnxruntime("reading an .onnx_adapter file")
     import onnxruntime
@@ -129,7 +129,7 @@ def read_onnx_file(path: Path) -> OnnxAdapterFile:
         f"{name}: {value.data_type()}"
         for name, value in values.items()
         if value.element_type() not in _DTYPE_OF
-        or (value.element_type() == _ONNX_TYPES["int64"] and name != PREFIX_OFFSET)
+        or (value.element_type() == _ONNX_TYPES["int64"]) != _is_integer(name)
     ]
     if strange:
         raise AdapterError(f"{path} holds tensors that cannot be read as LoRA:\n{listed(strange)}")
@@ -138,6 +138,10 @@ def read_onnx_file(path: Path) -> OnnxAdapterFile:
     if broken:
         raise AdapterError(f"{path} holds NaN or infinity in:\n{listed(broken)}")
     return OnnxAdapterFile(path, file.get_model_version(), file.get_adapter_version(), tensors)
+
+
+def _is_integer(name: str) -> bool:
+    return name == PREFIX_OFFSET or name.endswith(LORA_RANKS)
 
 
 def _no_file(path: Path) -> AdapterError:
