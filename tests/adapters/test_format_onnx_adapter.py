@@ -138,8 +138,7 @@ def test_transposed_arrays_are_written_as_they_are(tmp_path: Path) -> None:
 
 
 def test_slots_of_one_rank_are_filled_up(adapter: Adapter) -> None:
-    slots = {f"{module}.lora_A.weight": 6 for module in QV}
-    tensors = onnx_tensors(adapter, NAMES, "float32", slots)
+    tensors = onnx_tensors(adapter, NAMES, "float32", dict.fromkeys(QV, 6))
     narrow = onnx_tensors(adapter, NAMES, "float32")
     for module in QV:
         A, B = (tensors[f"{module}.lora_{half}.weight"] for half in "AB")
@@ -147,7 +146,7 @@ def test_slots_of_one_rank_are_filled_up(adapter: Adapter) -> None:
         a, b = (narrow[f"{module}.lora_{half}.weight"] for half in "AB")
         np.testing.assert_array_equal(A @ B, a @ b)
     with pytest.raises(AdapterError, match="has rank 5, its slot takes 4"):
-        onnx_tensors(adapter, NAMES, "float32", dict.fromkeys(slots, 4))
+        onnx_tensors(adapter, NAMES, "float32", dict.fromkeys(QV, 4))
 
 
 NAMINGS = {

@@ -53,6 +53,48 @@ def test_ranks_are_filled_up_and_other_layers_are_zeros() -> None:
     assert not any(array.any() for array in empty)
 
 
+JOINT = {
+    slot.name: slot
+    for slot in (
+        Slot("m.q+k.lora_A.bank", "float32", ("adapters", 4, "m.q+k.rank")),
+        Slot("m.q+k.lora_A.ranks", "int64", (2,)),
+        Slot("m.q.lora_B.bank", "float32", ("adapters", "m.q.rank", 3)),
+        Slot("m.k.lora_B.bank", "float32", ("adapters", "m.k.rank", 3)),
+    )
+}
+
+
+def test_layers_that_share_an_a() -> None:
+    """Each has as many columns as its widest adapter needs, whichever adapter that is."""
+    rng = np.random.default_rng(6)
+
+    def adapter(q: int, k: int) -> dict[str, np.ndarray]:
+        shapes = {"q+k.lora_A": (4, q + k), "q.lora_B": (q, 3), "k.lora_B": (k, 3)}
+        tensors = {f"m.{n}.weight": rng.normal(size=s).astype("f") for n, s in shapes.items()}
+        return tensors | {"m.q+k.lora_A.ranks": np.array([q, k])}
+
+    adapters = [adapter(2, 1), adapter(1, 4), {}]
+    stacked = stack_adapters(JOINT, adapters)
+    assert {name: array.shape for name, array in stacked.items()} == {
+        "m.q+k.lora_A.bank": (4, 4, 6),
+        "m.q+k.lora_A.ranks": (2,),
+        "m.q.lora_B.bank": (4, 2, 3),
+        "m.k.lora_B.bank": (4, 4, 3),
+    }
+    assert stacked["m.q+k.lora_A.ranks"].tolist() == [2, 4]
+    A, B = stacked["m.q+k.lora_A.bank"], [stacked[f"m.{part}.lora_B.bank"] for part in "qk"]
+    for entry, own in enumerate([{}, *adapters]):
+        q = own["m.q+k.lora_A.ranks"][0] if own else 0
+        for part, mine, theirs in (
+            ("q", A[entry, :, :2] @ B[0][entry], slice(None, q)),
+            ("k", A[entry, :, 2:] @ B[1][entry], slice(q, None)),
+        ):
+            a, b = own.get("m.q+k.lora_A.weight"), own.get(f"m.{part}.lora_B.weight")
+            wanted = np.zeros((4, 3)) if a is None or b is None else a[:, theirs] @ b
+            np.testing.assert_allclose(mine, wanted, atol=1e-6)
+    assert adapter_slots(JOINT)["m.q+k.lora_A.ranks"] is JOINT["m.q+k.lora_A.ranks"]
+
+
 def test_no_adapter_at_all_is_one_empty_entry() -> None:
     stacked = stack_adapters(SLOTS, [])
     assert stacked["m.q.lora_A.bank"].shape == (1, 4, 0)

@@ -15,6 +15,7 @@ from flows_genai import Genai, needs_genai, ours
 from model_recipes import load_recipe
 
 import peft_deploy
+from peft_deploy.adapters.formats.joint_lora import separate
 from peft_deploy.adapters.formats.onnx_file import read_onnx_file, write_onnx_adapter
 from peft_deploy.bundle import Manifest
 from peft_deploy.bundle.slots import read_slots
@@ -118,17 +119,21 @@ def test_what_the_bundle_holds(bank: Path, base_bundle: Path) -> None:
     }
     slots = read_slots(bank / "model.onnx")
     assert manifest.graph["lora_slots"]["names"] == list(slots)
-    first = slots["model.layers.0.self_attn.q_proj.lora_A.bank"]
-    assert first.dims == ("adapters", 48, "model.layers.0.self_attn.q_proj.rank")
+    joint = "model.layers.0.self_attn.q_proj+k_proj+v_proj"
+    assert slots[f"{joint}.lora_A.bank"].dims == ("adapters", 48, f"{joint}.rank")
     assert (bank / "model.onnx.data").read_bytes() == (
         base_bundle / "model.onnx.data"
     ).read_bytes()
     stacked = read_onnx_file(bank / "adapter_bank.onnx_adapter")
     single = read_onnx_file(bank / "adapters" / "attention.onnx_adapter")
     assert stacked.model_version == single.model_version
-    for name, array in single.tensors.items():
-        entry = stacked.tensors[name.replace(".weight", ".bank")][2]
-        np.testing.assert_array_equal(entry[: array.shape[0], : array.shape[1]], array)
+    entry = {
+        name.replace(".bank", ".weight"): array if name.endswith("ranks") else array[2]
+        for name, array in stacked.tensors.items()
+    }
+    own = separate(entry, "the bank")
+    for name, array in separate(single.tensors, "the adapter").items():
+        np.testing.assert_array_equal(own[name][: array.shape[0], : array.shape[1]], array)
     parity = manifest.parity
     assert parity is not None and parity["passed"] is True
     assert set(parity["parts"]) == {"adapter tuned", "adapter attention", "adapter feed_forward"}

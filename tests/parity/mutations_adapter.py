@@ -12,6 +12,7 @@ from made_bundles import BEHIND_PREFIX, PREFIX
 from mutation_subjects import Subject
 from mutations import Break, Mutation, with_subject
 
+from peft_deploy.adapters.formats.joint_lora import join, separate
 from peft_deploy.adapters.formats.onnx_file import read_onnx_file, write_onnx_adapter
 from peft_deploy.bundle import Manifest
 from peft_deploy.bundle.prefixes import prefix_path, write_prefix_file
@@ -216,9 +217,26 @@ def only(tensors: dict[str, Array], part: str) -> dict[str, Array]:
     return {n: a for n, a in tensors.items() if part in n}
 
 
-def shortened(tensors: dict[str, Array]) -> dict[str, Array]:
-    """One rank fewer."""
-    return {n: a[:, :-1] if ".lora_A" in n else a[:-1] for n, a in tensors.items()}
+def shortened(module: str) -> Callable[..., dict[str, Array]]:
+    """One rank fewer in a module."""
+
+    def change(tensors: dict[str, Array]) -> dict[str, Array]:
+        own = separate(tensors, "file")
+        A, B = f"{module}.lora_A.weight", f"{module}.lora_B.weight"
+        return join({**own, A: own[A][:, :-1], B: own[B][:-1]}, tensors, "file")
+
+    return change
+
+
+def turned(part: str) -> Callable[..., dict[str, Array]]:
+    """The As of layers that share one stand in another order."""
+
+    def change(tensors: dict[str, Array]) -> dict[str, Array]:
+        (name,) = (n for n in tensors if part in n and "+" in n and n.endswith("lora_A.weight"))
+        ranks = tensors[name.replace(".weight", ".ranks")]
+        return {**tensors, name: np.roll(tensors[name], ranks[0], axis=1)}
+
+    return change
 
 
 AT_RUN_TIME = "llama, LoRA at run time"
@@ -298,9 +316,9 @@ FILE_MUTATIONS = [
     Mutation(
         "adapter file: A of two layers swapped",
         AT_RUN_TIME,
-        in_adapter(exchanged("v_proj.lora_A", "layers.0", "layers.1")),
+        in_adapter(exchanged("v_proj.lora_A.weight", "layers.0", "layers.1")),
         layer=L0,
-        file="model.layers.0.self_attn.v_proj.lora_A.weight",
+        file="model.layers.0.self_attn.q_proj+k_proj+v_proj.lora_A.weight",
     ),
     Mutation(
         "adapter file: B of gate and up swapped in one layer",
@@ -314,8 +332,15 @@ FILE_MUTATIONS = [
     Mutation(
         "adapter file: last rank lost in one layer",
         AT_RUN_TIME,
-        in_adapter(lambda t: {**t, **shortened(only(t, "layers.1.self_attn.q_proj"))}),
+        in_adapter(shortened("model.layers.1.self_attn.q_proj")),
         layer=L1,
         file="model.layers.1.self_attn.q_proj.lora_B.weight",
+    ),
+    Mutation(
+        "adapter file: As of layers that share one in another order",
+        AT_RUN_TIME,
+        in_adapter(turned("layers.1.self_attn")),
+        layer=L1,
+        file="model.layers.1.self_attn.q_proj+k_proj+v_proj.lora_A.weight",
     ),
 ]

@@ -17,6 +17,7 @@ from tiny_slots import VERSION, Arrays, everywhere, make_adapter, merged
 from peft_deploy.adapters.formats.onnx_file import write_onnx_adapter
 from peft_deploy.cli import cli
 from peft_deploy.cli.generate import generate_command
+from peft_deploy.convert.lora_slots import NO_GROUPS
 from peft_deploy.errors import AdapterError, BundleError, ConfigError, ExecutionError
 from peft_deploy.runtime import GenerationOptions, GenerationRun, OnnxRunner, Session, load_bundle
 from peft_deploy.signature import ADAPTER_IDS
@@ -28,10 +29,13 @@ ROWS: list[str | None] = ["feed_forward", None, "wide", "attention"]
 STEPS = 12
 
 
-@pytest.fixture(scope="module")
-def banked(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=[NO_GROUPS, tiny_slots.GROUPS], ids=["apart", "joint"])
+def banked(
+    request: pytest.FixtureRequest, bundle: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Every layer with an A of its own, or q, k and v with one."""
     folder = tmp_path_factory.mktemp("bank") / "bundle"
-    return tiny_slots.add_slots(bundle, folder, bank=CAPACITY)
+    return tiny_slots.add_slots(bundle, folder, bank=CAPACITY, groups=request.param)
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,10 @@ import tiny_slots
 from click.testing import CliRunner
 from tiny_slots import VERSION, Arrays, everywhere, make_adapter, merged
 
+from peft_deploy.adapters.formats.joint_lora import join
 from peft_deploy.adapters.formats.onnx_file import write_onnx_adapter
 from peft_deploy.cli.generate import generate_command
+from peft_deploy.convert.lora_slots import NO_GROUPS, Groups
 from peft_deploy.errors import AdapterError, ConfigError, ExecutionError
 from peft_deploy.runtime import (
     GenerationOptions,
@@ -24,15 +26,20 @@ from peft_deploy.runtime import (
     load_bundle,
 )
 from peft_deploy.runtime.loaded_adapter import KEPT_SCALES
+from peft_deploy.signature import joint_module
 
 IDS = [5, 9, 77, 200, 31]
 ATTENTION = {"0.q": 3, "0.v": 7, "1.q": 2}
 FEED_FORWARD = {"0.up": 5, "1.down": 1}
 
 
-@pytest.fixture(scope="module")
-def slotted(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_slots.add_slots(bundle, tmp_path_factory.mktemp("slots") / "bundle")
+@pytest.fixture(scope="module", params=[NO_GROUPS, tiny_slots.GROUPS], ids=["apart", "joint"])
+def slotted(
+    request: pytest.FixtureRequest, bundle: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Every layer with an A of its own, or q, k and v with one; the files have one for each module."""
+    folder = tmp_path_factory.mktemp("slots") / "bundle"
+    return tiny_slots.add_slots(bundle, folder, groups=request.param)
 
 
 @pytest.fixture
@@ -136,6 +143,39 @@ def test_two_adapters_of_different_layers_work_together(
     assert_is(logits(session, adapter=pair), merged(weights, [adapters[n] for n in pair]))
 
 
+@pytest.mark.parametrize("scale", [1.0, -0.5])
+def test_several_adapters_of_layers_that_share_an_a(
+    scale: float, session: Session, weights: Arrays, tmp_path: Path
+) -> None:
+    layers = [{"0.q": 3, "1.k": 2}, {"0.v": 5, "1.q": 1, "0.down": 2}, {"0.k": 1, "head": 3}]
+    made = [make_adapter(weights, ranks, seed=seed) for seed, ranks in enumerate(layers)]
+    for name, tensors in zip("abc", made, strict=True):
+        session.load_adapter(
+            write_onnx_adapter(tmp_path / f"{name}.onnx_adapter", tensors, VERSION)
+        )
+    for names in ("a", "ab", "cb", "bac"):
+        own = [made["abc".index(name)] for name in names]
+        found = logits(session, adapter=list(names), scale=scale)
+        assert_is(found, merged(weights, own, scale))
+
+
+def test_a_file_for_the_other_kind_of_graph(
+    session: Session, adapters: dict, weights: Arrays, tmp_path: Path
+) -> None:
+    """Adapters do not care whether a graph's layers share an A."""
+    slots = [name for module in tiny_slots.GROUPS.values() for name in joint_slots(module)]
+    tensors = join(adapters["attention"], slots, "here")
+    assert "model.layers.0.q+k+v.lora_A.ranks" in tensors
+    path = write_onnx_adapter(tmp_path / "joint.onnx_adapter", tensors, VERSION)
+    session.load_adapter(path)
+    assert_is(logits(session, adapter="joint"), merged(weights, [adapters["attention"]]))
+
+
+def joint_slots(modules: list[str]) -> list[str]:
+    name = joint_module(modules)
+    return [f"{name}.lora_A.weight", f"{name}.lora_A.ranks"]
+
+
 def test_two_adapters_of_the_same_slots_are_refused(
     session: Session, files: dict[str, Path]
 ) -> None:
@@ -146,17 +186,24 @@ def test_two_adapters_of_the_same_slots_are_refused(
             logits(session, adapter=pair)
 
 
+@pytest.mark.parametrize("groups", [NO_GROUPS, tiny_slots.GROUPS], ids=["apart", "joint"])
 def test_slots_of_a_fixed_rank(
-    bundle: Path, weights: Arrays, runner: OnnxRunner, tmp_path: Path
+    groups: Groups, bundle: Path, weights: Arrays, runner: OnnxRunner, tmp_path: Path
 ) -> None:
-    fixed = Session(tiny_slots.add_slots(bundle, tmp_path / "fixed", rank=4), threads=1)
+    folder = tiny_slots.add_slots(bundle, tmp_path / "fixed", rank=4, groups=groups)
+    fixed = Session(folder, threads=1)
     fitting = make_adapter(weights, everywhere(4), seed=5)
     fixed.load_adapter(write_onnx_adapter(tmp_path / "a.onnx_adapter", fitting, VERSION))
     assert_is(logits(fixed, adapter="a"), merged(weights, [fitting]))
     assert_is(logits(fixed), weights)
+    some = make_adapter(weights, {"0.v": 4, "1.q": 4, "1.k": 4}, seed=6)
+    fixed.load_adapter(write_onnx_adapter(tmp_path / "some.onnx_adapter", some, VERSION))
+    assert_is(logits(fixed, adapter="some"), merged(weights, [some]))
     narrow = make_adapter(weights, everywhere(3), seed=5)
     path = write_onnx_adapter(tmp_path / "b.onnx_adapter", narrow, VERSION)
-    with pytest.raises(AdapterError, match=r"float32 \[32, 3\], the slot is float32 \[32, 4\]"):
+    with pytest.raises(
+        AdapterError, match=r"float32 \[32, (3|9)\], the slot is float32 \[32, (4|12)\]"
+    ):
         fixed.load_adapter(path)
 
 
@@ -237,7 +284,12 @@ def not_finite(tensors: Arrays) -> Arrays:
         (dict, VERSION + 1, "is for another base model"),
         (halved, VERSION, r"float16 .*, the slot is float32"),
         (renamed, VERSION, r"no slots for these tensors.*\n.*layers\.7\.q"),
-        (widened, VERSION, r"another type or shape:\n.*\[64, 3\], the slot is float32 \[32"),
+        (
+            widened,
+            VERSION,
+            r"another type or shape:\n.*\[64, 3\], the slot is float32 \[32|"
+            r"parts of .*q\+k\+v\.lora_A\.weight do not fit each other: float32 \[64, 3\]",
+        ),
         (without_a_half, VERSION, r"layers\.0\.v\.lora_A\.weight: its lora_B is missing"),
         (of_two_ranks, VERSION, r"layers\.0\.v.*rank 6, its lora_B has 7"),
         (not_finite, VERSION, r"NaN or infinity in:\n.*layers\.1\.q"),

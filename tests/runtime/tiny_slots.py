@@ -14,12 +14,16 @@ import onnx_ir as ir
 from peft_deploy.adapters.formats.onnx_file import model_version, write_onnx_adapter
 from peft_deploy.bundle.manifest import MANIFEST, Manifest
 from peft_deploy.convert.adapter_bank import AddAdapterBankPass
-from peft_deploy.convert.lora_slots import AddLoraSlotsPass
+from peft_deploy.convert.lora_slots import NO_GROUPS, AddLoraSlotsPass, Groups
 from peft_deploy.convert.weight_file import WeightFile
 
 FINGERPRINT = "5eed" * 16
 VERSION = model_version(FINGERPRINT)
 LINEARS = ("q", "k", "v", "o", "up", "down")
+# Layers that read the same input, which share an A where a graph is made with these.
+GROUPS = {
+    f"model.layers.{i}.qkv": [f"model.layers.{i}.{part}" for part in "qkv"] for i in range(2)
+}
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -30,7 +34,11 @@ def module_of(weight: str) -> str:
 
 
 def add_slots(
-    bundle: Path, folder: Path, rank: int | None = None, bank: int | None = None
+    bundle: Path,
+    folder: Path,
+    rank: int | None = None,
+    bank: int | None = None,
+    groups: Groups = NO_GROUPS,
 ) -> Path:
     """A copy of a bundle whose linear layers all have slots, or a bank for that many adapters."""
     shutil.copytree(bundle, folder)
@@ -40,9 +48,9 @@ def add_slots(
             value.name = f"{module_of(name)}.weight"
     with WeightFile(folder / "zeros.data") as file:
         if bank is None:
-            AddLoraSlotsPass(lambda linears: linears, file, rank)(model)
+            AddLoraSlotsPass(lambda linears: linears, file, rank, groups)(model)
         else:
-            AddAdapterBankPass(lambda linears: linears)(model)
+            AddAdapterBankPass(lambda linears: linears, groups)(model)
     ir.save(model, folder / "model.onnx")
     manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
     if bank is not None:
