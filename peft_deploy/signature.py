@@ -64,11 +64,16 @@ def joint_module(modules: Sequence[str]) -> str:
     Args:
         modules: of one parent, in the order of their columns.
 
+    Raises:
+        ValueError: they have several parents.
+
     Example:
         >>> joint_module(["layers.0.attn.q", "layers.0.attn.v"])
         'layers.0.attn.q+v'
     """
     first, *others = modules
+    if len({module.rpartition(".")[0] for module in modules}) > 1:
+        raise ValueError(f"{', '.join(modules)} are not of one module")
     return _JOINT.join([first, *(module.rpartition(".")[2] for module in others)])
 
 

@@ -56,7 +56,7 @@ def stack_adapters(
 
     Args:
         slots: of the graph, by name; those that are not of the bank are left out.
-        adapters: A [in, R] and B [R, out] by their names in a file, of the slots' types.
+        adapters: A [in, R], joint or not, and B [R, out] by their names in a file, of the slots' types.
 
     Returns:
         Slot → [1 + adapters, in, R] or [1 + adapters, R, out]. An A of several layers has the columns of all of them,

@@ -10,7 +10,7 @@ import numpy as np
 
 from peft_deploy.adapters.formats.joint_lora import separate
 from peft_deploy.errors import AdapterError, BundleError, listed
-from peft_deploy.signature import LORA_A, LORA_B, LORA_RANKS, modules_of
+from peft_deploy.signature import LORA_A, LORA_B, modules_of
 from peft_deploy.weights import cast_array
 from peft_deploy.weights.rounding import NARROW
 from peft_deploy.weights.source import Array
@@ -87,23 +87,26 @@ def fixed_ranks(slots: Mapping[str, Slot]) -> dict[str, int]:
 def in_types_of(slots: Mapping[str, Slot], tensors: Mapping[str, Array]) -> dict[str, Array]:
     """An adapter's float32 tensors in the 16-bit types of a graph's slots; everything else as it is.
 
+    Args:
+        slots: of the graph.
+        tensors: an A for each module, also where the graph has one for several.
+
     Raises:
         CheckpointError: a value is too large for the type.
     """
-    return {
-        name: cast_array(array, slots[name].dtype, name=name)
-        if array.dtype == np.float32 and name in slots and slots[name].dtype in NARROW
-        else array
-        for name, array in tensors.items()
-    }
+    result = {}
+    for name, array in tensors.items():
+        slot = slots.get(name) or slots.get(name.removesuffix(LORA_A) + LORA_B)
+        narrow = slot is not None and slot.dtype in NARROW and array.dtype == np.float32
+        result[name] = cast_array(array, slot.dtype, name=name) if slot and narrow else array
+    return result
 
 
 def check_slots(slots: Mapping[str, Slot], tensors: Mapping[str, Array], bundle: Path) -> None:
     """Passes when a graph can take all tensors of an adapter.
 
     Raises:
-        AdapterError: names that it does not have, other types or shapes, an A without its B or of another rank, or
-            for several modules without their ranks.
+        AdapterError: names that it does not have, other types or shapes, an A without its B or of another rank.
     """
     unknown = [name for name in tensors if name not in slots]
     if unknown:
@@ -118,12 +121,6 @@ def check_slots(slots: Mapping[str, Slot], tensors: Mapping[str, Array], bundle:
     ]
     if wrong:
         raise AdapterError(f"the slots of {bundle} are of another type or shape:\n{listed(wrong)}")
-    needed = [name.removesuffix(LORA_A) + LORA_RANKS for name in tensors if name.endswith(LORA_A)]
-    missing = [name for name in needed if name in slots and name not in tensors]
-    if missing:
-        raise AdapterError(
-            f"the graph of {bundle} cannot know whose the columns of a joint lora_A are without\n{listed(missing)}"
-        )
     _check_pairs(separate(tensors, "the adapter"))
 
 

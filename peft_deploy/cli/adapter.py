@@ -53,7 +53,8 @@ def merge_shards_command(folder: Path, output: Path, config: Path | None, as_jso
     "bundle",
     metavar="BUNDLE",
     type=click.Path(path_type=Path),
-    help="A bundle of the base model; an .onnx_adapter file is fitted to the slots of its graph.",
+    help="A bundle of the base model. An .onnx_adapter file is fitted to the slots of its graph, also from "
+    "another such file; other runtimes than peft-deploy's need that.",
 )
 @click.option(
     "--dtype",

@@ -65,7 +65,7 @@ class AddLoraSlotsPass(ir.passes.InPlacePass):
     """Adds ``MODULE.lora_A.weight`` [in, rank] and ``MODULE.lora_B.weight`` [rank, out] to chosen linear layers.
 
     Those of them that read the same input have one A [in, sum of their ranks], called after all of them, and
-    ``….lora_A.ranks`` [layers], int64, which says how many of its columns are whose.
+    ``….lora_A.ranks`` [layers], int64, which says how many of its columns are whose. With a fixed rank there is none.
 
     Precondition: weights are bound, and go by Hugging Face's names. Postcondition: the graph's other inputs and its
     outputs are what they were; without an adapter so is every result, bit by bit.
@@ -205,13 +205,14 @@ def _parts(layer: Linear, modules: Sequence[str]) -> Iterator[tuple[str, Linear]
 def choose_linears(
     graph: ir.Graph, select: Selection, groups: Groups = NO_GROUPS
 ) -> tuple[dict[str, Linear], str]:
-    """The linear layers that are to get slots, by module, and the element type that they share.
+    """The linear layers that are to get slots, by module in the order in which they are computed, and their type.
 
     Raises:
         ConversionError: they are of several element types.
     """
     linears = find_linears(graph, groups)
-    chosen = {module: linears[module] for module in select(list(linears))}
+    wanted = set(select(list(linears)))
+    chosen = {module: linear for module, linear in linears.items() if module in wanted}
     dtypes = {linear.dtype for linear in chosen.values()}
     if len(dtypes) > 1:
         raise ConversionError(

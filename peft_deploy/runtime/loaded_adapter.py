@@ -127,8 +127,8 @@ def read_for_slots(
             hint="convert it for this bundle's base: peft-deploy adapter convert … --to onnx --for BUNDLE",
         )
     # Whether the As of layers with one input stand side by side differs by graph; an adapter fits either way.
-    own = separate(file.tensors, str(path))
-    tensors = in_types_of(slots, join(own, slots, str(path)))
+    own = in_types_of(slots, separate(file.tensors, str(path)))
+    tensors = join(own, slots, str(path))
     check_slots(slots, tensors, bundle)
     check_prefix_tensors(tensors, slots, str(path), context_length)
     return LoadedAdapter(name, path, tensors, device)

@@ -122,7 +122,8 @@ def convert_adapter(
         output: the new folder, or the file, which ends in ``.onnx_adapter``, or for a prefix in ``.safetensors``.
         to: ``paddle``, ``hf`` or ``onnx``.
         base: the base model's folder.
-        bundle: a bundle of the base model; for ``onnx``, the adapter is fitted to the slots of its graph.
+        bundle: a bundle of the base model; for ``onnx``, the adapter is fitted to the slots of its graph, also where
+            it comes from such a file: graphs differ in which layers share an A, and in the rank of slots.
         dtype: of the tensors; as they are when None, for ``onnx`` that of the graph's slots or float32.
         force: replace what is there.
 
@@ -138,8 +139,12 @@ def convert_adapter(
     source, output = Path(source).expanduser(), Path(output).expanduser()
     wanted = AdapterFormat(to)
     format, method = detect(source)
-    if format is wanted:
-        raise AdapterError(f"{source} is in the format {to} already")
+    if format is wanted and (wanted is not AdapterFormat.ONNX or bundle is None):
+        hint = "--for BUNDLE fits it to the slots of that bundle's graph"
+        raise AdapterError(
+            f"{source} is in the format {to} already",
+            hint=hint if wanted is AdapterFormat.ONNX else None,
+        )
     _check_output(source, output, wanted, method, force=force)
     target = find_target(base, bundle)
     result = ConvertedAdapter(output, source, format.value, to, method.value, "")

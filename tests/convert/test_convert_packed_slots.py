@@ -178,6 +178,36 @@ def test_layers_without_slots_are_left_out_of_the_a(
     np.testing.assert_allclose(result, expected(weights, x, change), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("graph", ["model", "plain_model"])
+def test_the_order_in_which_layers_are_chosen_does_not_matter(
+    graph: str, weights: Arrays, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    model = request.getfixturevalue(graph)
+    x = np.random.default_rng(7).normal(size=(1, 4, 6)).astype(np.float32)
+    with WeightFile(tmp_path / "w") as file:
+        AddLoraSlotsPass(lambda found: [found[2], found[0], found[1]], file, groups=GROUPS)(model)
+    seen = set(model.graph.inputs) | set(model.graph.initializers.values())
+    for node in model.graph:
+        assert seen.issuperset(value for value in node.inputs if value is not None), node.name
+        seen |= set(node.outputs)
+    change = drawn(GROUPS["layers.0.qkv"], [3, 2, 1])
+    result = run(model, {"x": x, **joint(change)})
+    np.testing.assert_allclose(result, expected(weights, x, change), rtol=1e-4, atol=1e-4)
+
+
+def test_layers_of_several_parents_keep_their_own_a(plain_model: ir.Model, tmp_path: Path) -> None:
+    """They would have no name together."""
+    value = plain_model.graph.initializers["layers.0.k.weight"]
+    value.name = "layers.0.other.k.weight"
+    groups = {"layers.0.qkv": ["layers.0.q", "layers.0.other.k", "layers.0.v"]}
+    with WeightFile(tmp_path / "w") as file:
+        step = AddLoraSlotsPass(lambda found: found[:3], file, groups=groups)
+        step(plain_model)
+    assert step.added is not None
+    As = [name for name in step.added.names if name.endswith("lora_A.weight")]
+    assert As == ["layers.0.q+v.lora_A.weight", "layers.0.other.k.lora_A.weight"]
+
+
 def test_layers_of_a_group_that_read_something_else_keep_their_own_a(
     plain_model: ir.Model, tmp_path: Path
 ) -> None:

@@ -235,6 +235,38 @@ def test_slots_beside_those_of_the_adapters(
     assert np.abs(want[0] - base[0]).max() > 1
 
 
+def test_files_for_other_graphs_are_fitted(
+    tiny_llama: Path, attention_adapter: Path, runtime_bundle: Path, tmp_path: Path
+) -> None:
+    """From one of no graph at all, and from one whose graph has slots on these layers only."""
+    narrow = tmp_path / "narrow"
+    peft_deploy.export(tiny_llama, narrow, adapter=attention_adapter, options=RUNTIME)
+    convert_adapter(attention_adapter, tmp_path / "own.onnx_adapter", to="onnx", base=tiny_llama)
+    own = read_onnx_file(runtime_bundle / "adapters" / "attention.onnx_adapter")
+    session = Session(runtime_bundle)
+    session.load_adapter("attention")
+    feeds = {
+        "input_ids": np.array([PROMPT]),
+        "attention_mask": np.ones((1, len(PROMPT)), np.int64),
+        "position_ids": np.arange(len(PROMPT))[None],
+    }
+    want = session.run(feeds, ["logits"], adapter="attention")["logits"]
+    for name, source in (
+        ("a", tmp_path / "own.onnx_adapter"),
+        ("b", narrow / "adapters" / "attention.onnx_adapter"),
+    ):
+        assert read_onnx_file(source).tensors.keys() != own.tensors.keys()
+        session.load_adapter(source, name)
+        np.testing.assert_array_equal(session.run(feeds, ["logits"], adapter=name)["logits"], want)
+        fitted = tmp_path / f"{name}.onnx_adapter"
+        shown = run("adapter", "convert", source, fitted, "--to", "onnx", "--for", runtime_bundle)
+        assert shown.exit_code == 0, shown.stderr
+        assert fitted.read_bytes() == own.path.read_bytes()
+    shown = run("adapter", "convert", fitted, tmp_path / "c", "--to", "onnx", "--base", tiny_llama)
+    assert shown.exit_code == 3
+    assert "is in the format onnx already" in shown.stderr and "--for BUNDLE" in shown.stderr
+
+
 def test_slots_of_one_rank(
     tiny_llama: Path,
     tiny_adapter: Path,

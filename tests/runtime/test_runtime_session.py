@@ -196,9 +196,13 @@ def test_slots_of_a_fixed_rank(
     fixed.load_adapter(write_onnx_adapter(tmp_path / "a.onnx_adapter", fitting, VERSION))
     assert_is(logits(fixed, adapter="a"), merged(weights, [fitting]))
     assert_is(logits(fixed), weights)
-    some = make_adapter(weights, {"0.v": 4, "1.q": 4, "1.k": 4}, seed=6)
-    fixed.load_adapter(write_onnx_adapter(tmp_path / "some.onnx_adapter", some, VERSION))
-    assert_is(logits(fixed, adapter="some"), merged(weights, [some]))
+    parts = {"some": {"0.v": 4, "1.q": 4, "1.k": 4}, "rest": {"0.q": 4, "0.k": 4, "1.v": 4}}
+    made = {n: make_adapter(weights, ranks, seed=6) for n, ranks in parts.items()}
+    for name, tensors in made.items():
+        file = write_onnx_adapter(tmp_path / f"{name}.onnx_adapter", tensors, VERSION)
+        fixed.load_adapter(file)
+        assert_is(logits(fixed, adapter=name), merged(weights, [tensors]))
+    assert_is(logits(fixed, adapter=["rest", "some"]), merged(weights, list(made.values())))
     narrow = make_adapter(weights, everywhere(3), seed=5)
     path = write_onnx_adapter(tmp_path / "b.onnx_adapter", narrow, VERSION)
     with pytest.raises(
@@ -264,6 +268,15 @@ def widened(tensors: Arrays) -> Arrays:
     return {**tensors, first: np.vstack([tensors[first], tensors[first]])}
 
 
+def flattened(tensors: Arrays) -> Arrays:
+    return {n: a[:, 0] if n == "model.layers.0.v.lora_A.weight" else a for n, a in tensors.items()}
+
+
+def twice(tensors: Arrays) -> Arrays:
+    A = tensors["model.layers.0.q.lora_A.weight"]
+    return {**tensors, "model.layers.0.q+k.lora_A.weight": np.hstack([A, A])}
+
+
 def without_a_half(tensors: Arrays) -> Arrays:
     return {n: a for n, a in tensors.items() if n != "model.layers.0.v.lora_B.weight"}
 
@@ -288,8 +301,14 @@ def not_finite(tensors: Arrays) -> Arrays:
             widened,
             VERSION,
             r"another type or shape:\n.*\[64, 3\], the slot is float32 \[32|"
-            r"parts of .*q\+k\+v\.lora_A\.weight do not fit each other: float32 \[64, 3\]",
+            r"parts of .*q\+k\+v\.lora_A\.weight are no matrices that fit .*: float32 \[64, 3\]",
         ),
+        (
+            flattened,
+            VERSION,
+            r"float32 \[32\], the slot is float32 \[32|no matrices that fit .*: .*float32 \[32\]",
+        ),
+        (twice, VERSION, r"holds more than one lora_A of model\.layers\.0\.q\."),
         (without_a_half, VERSION, r"layers\.0\.v\.lora_A\.weight: its lora_B is missing"),
         (of_two_ranks, VERSION, r"layers\.0\.v.*rank 6, its lora_B has 7"),
         (not_finite, VERSION, r"NaN or infinity in:\n.*layers\.1\.q"),

@@ -8,7 +8,7 @@ where all slots have one fixed rank there are no ``ranks``, and the cuts are eve
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import numpy as np
 
@@ -27,36 +27,49 @@ def separate(tensors: Mapping[str, Array], where: str) -> dict[str, Array]:
         where: they are from, for messages.
 
     Raises:
-        AdapterError: the ranks are not those of the A that they belong to.
+        AdapterError: the ranks are not those of the A that they belong to, or a module has two As.
     """
     result = {}
     for name, array in tensors.items():
-        joint = name.removesuffix(LORA_A)
-        modules = modules_of(joint)
         if name.endswith(LORA_RANKS):
-            if name.removesuffix(LORA_RANKS) + LORA_A not in tensors:
-                raise AdapterError(f"{where}: {name} has no lora_A beside it")
-        elif not name.endswith(LORA_A) or len(modules) == 1:
-            result[name] = array
-        else:
-            cuts = np.cumsum(_ranks(tensors, joint, len(modules), where))[:-1]
-            for module, A in zip(modules, np.split(array, cuts, axis=1), strict=True):
-                if module + LORA_B in tensors or A.any():
-                    result[module + LORA_A] = A
+            joint = name.removesuffix(LORA_RANKS)
+            if joint + LORA_A not in tensors or len(modules_of(joint)) == 1:
+                raise AdapterError(f"{where}: {name} has no lora_A of several layers beside it")
+            continue
+        for own, part in _parts(tensors, name, array, where):
+            if own in result:
+                raise AdapterError(f"{where} holds more than one lora_A of {own}")
+            result[own] = part
     return result
+
+
+def _parts(
+    tensors: Mapping[str, Array], name: str, array: Array, where: str
+) -> Iterator[tuple[str, Array]]:
+    """What a tensor consists of: a joint A of each module's, anything else of itself."""
+    joint = name.removesuffix(LORA_A)
+    modules = modules_of(joint)
+    if not name.endswith(LORA_A) or len(modules) == 1:
+        yield name, array
+        return
+    cuts = np.cumsum(_ranks(tensors, joint, len(modules), where))[:-1]
+    for module, A in zip(modules, np.split(array, cuts, axis=1), strict=True):
+        if module + LORA_B in tensors or A.any():
+            yield module + LORA_A, A
 
 
 def _ranks(tensors: Mapping[str, Array], joint: str, count: int, where: str) -> list[int]:
     """How many columns of a joint A are each module's."""
     A, given = tensors[joint + LORA_A], tensors.get(joint + LORA_RANKS)
     width = A.shape[1] if A.ndim == 2 else -1
-    ranks = np.full(count, width // count) if given is None else given
-    if ranks.shape != (count,) or ranks.min() < 0 or ranks.sum() != width:
-        said = "" if given is None else f", the ranks {ranks.tolist()}"
+    found = np.full(count, width // count) if given is None else given
+    ranks = [int(rank) for rank in found.ravel()]  # Python's integers do not overflow
+    if found.shape != (count,) or min(ranks) < 0 or sum(ranks) != width:
+        said = "" if given is None else f", the ranks {given.tolist()}"
         raise AdapterError(
             f"{where}: {joint}{LORA_A} is {list(A.shape)}{said}; its columns should be the ranks of {count} layers"
         )
-    return [int(rank) for rank in ranks]
+    return ranks
 
 
 def join(tensors: Mapping[str, Array], slots: Collection[str], where: str) -> dict[str, Array]:
@@ -81,17 +94,20 @@ def join(tensors: Mapping[str, Array], slots: Collection[str], where: str) -> di
         if not given:
             continue
         even = joint + LORA_RANKS not in slots
+        _require_alike(given, slot, where, even=even)
         empty = np.zeros((given[0].shape[0], given[0].shape[1] if even else 0), given[0].dtype)
         columns = [empty if A is None else A for A in own]
-        _require_alike(columns, slot, where, even=even)
         result[slot] = np.concatenate(columns, axis=1)
         if not even:
             result[joint + LORA_RANKS] = np.array([A.shape[1] for A in columns], np.int64)
     return result
 
 
-def _require_alike(columns: list[Array], slot: str, where: str, *, even: bool) -> None:
-    kinds = {(A.dtype.name, A.shape[0], A.shape[1] if even else None) for A in columns}
-    if len(kinds) > 1:
-        found = ", ".join(f"{A.dtype.name} {list(A.shape)}" for A in columns)
-        raise AdapterError(f"{where}: the parts of {slot} do not fit each other: {found}")
+def _require_alike(given: list[Array], slot: str, where: str, *, even: bool) -> None:
+    """Matrices of one type and height, and where columns are shared out evenly of one width."""
+    kinds = {(A.dtype.name, A.ndim, A.shape[:1], A.shape[1:] if even else None) for A in given}
+    if len(kinds) > 1 or given[0].ndim != 2:
+        found = ", ".join(f"{A.dtype.name} {list(A.shape)}" for A in given)
+        raise AdapterError(
+            f"{where}: the parts of {slot} are no matrices that fit beside each other: {found}"
+        )
