@@ -12,7 +12,7 @@ from onnx import helper
 from small_graphs import build_graph, random_weights
 
 from peft_deploy.convert.adapter_bank import AddAdapterBankPass
-from peft_deploy.convert.lora_slots import AddLoraSlotsPass, find_linears
+from peft_deploy.convert.lora_slots import AddLoraSlotsPass, Groups, find_linears
 from peft_deploy.convert.postflight import check_graph
 from peft_deploy.convert.weight_file import WeightFile
 from peft_deploy.signature import GraphSignature, TensorSpec
@@ -195,17 +195,24 @@ def test_the_order_in_which_layers_are_chosen_does_not_matter(
     np.testing.assert_allclose(result, expected(weights, x, change), rtol=1e-4, atol=1e-4)
 
 
+def names_of_As(model: ir.Model, folder: Path, groups: Groups = GROUPS) -> list[str]:
+    """Of the first three layers."""
+    with WeightFile(folder / "w") as file:
+        step = AddLoraSlotsPass(lambda found: found[:3], file, groups=groups)
+        step(model)
+    assert step.added is not None
+    return [name for name in step.added.names if name.endswith("lora_A.weight")]
+
+
 def test_layers_of_several_parents_keep_their_own_a(plain_model: ir.Model, tmp_path: Path) -> None:
     """They would have no name together."""
     value = plain_model.graph.initializers["layers.0.k.weight"]
     value.name = "layers.0.other.k.weight"
     groups = {"layers.0.qkv": ["layers.0.q", "layers.0.other.k", "layers.0.v"]}
-    with WeightFile(tmp_path / "w") as file:
-        step = AddLoraSlotsPass(lambda found: found[:3], file, groups=groups)
-        step(plain_model)
-    assert step.added is not None
-    As = [name for name in step.added.names if name.endswith("lora_A.weight")]
-    assert As == ["layers.0.q+v.lora_A.weight", "layers.0.other.k.lora_A.weight"]
+    assert names_of_As(plain_model, tmp_path, groups) == [
+        "layers.0.q+v.lora_A.weight",
+        "layers.0.other.k.lora_A.weight",
+    ]
 
 
 def test_layers_of_a_group_that_read_something_else_keep_their_own_a(
@@ -217,12 +224,10 @@ def test_layers_of_a_group_that_read_something_else_keep_their_own_a(
     doubled.outputs[0].name = "doubled"
     plain_model.graph.insert_before(node, doubled)
     node.replace_input_with(0, doubled.outputs[0])
-    with WeightFile(tmp_path / "w") as file:
-        step = AddLoraSlotsPass(lambda found: found[:3], file, groups=GROUPS)
-        step(plain_model)
-    assert step.added is not None
-    As = [name for name in step.added.names if name.endswith("lora_A.weight")]
-    assert As == ["layers.0.q+v.lora_A.weight", "layers.0.k.lora_A.weight"]
+    assert names_of_As(plain_model, tmp_path) == [
+        "layers.0.q+v.lora_A.weight",
+        "layers.0.k.lora_A.weight",
+    ]
 
 
 def test_a_fixed_rank_shares_columns_out_evenly(
