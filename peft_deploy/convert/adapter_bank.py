@@ -15,23 +15,25 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from peft_deploy.convert.lora_slots import (
+from peft_deploy.convert.linears import (
     NO_GROUPS,
     Groups,
     Linear,
-    LoraSlots,
     SameInput,
     Selection,
+    by_input,
+    choose_linears,
+)
+from peft_deploy.convert.lora_slots import LoraSlots
+from peft_deploy.convert.passes.node_names import module_folder
+from peft_deploy.convert.slot_branches import (
     add_branch,
     add_ranks,
     add_slot,
     begin_branches,
-    by_input,
-    choose_linears,
     slot_node,
     split_product,
 )
-from peft_deploy.convert.passes.node_names import module_folder
 from peft_deploy.convert.traced_weights import weights_as_traced
 from peft_deploy.errors import ConversionError, listed
 from peft_deploy.signature import ADAPTER_IDS, ADAPTERS, BANK_A, BANK_B, BATCH, LORA_RANKS

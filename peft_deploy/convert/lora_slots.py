@@ -10,29 +10,38 @@ input, such as q, k and v, share one A with the columns of all of them, which th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
+from peft_deploy.convert.linears import (
+    NO_GROUPS,
+    Groups,
+    SameInput,
+    Selection,
+    by_input,
+    choose_linears,
+)
 from peft_deploy.convert.pack_linears import split_sizes
 from peft_deploy.convert.passes.node_names import module_folder
+from peft_deploy.convert.slot_branches import (
+    Default,
+    EmptyDefault,
+    add_branch,
+    add_ranks,
+    add_slot,
+    begin_branches,
+    slot_node,
+    split_product,
+)
 from peft_deploy.convert.weight_file import WeightFile
-from peft_deploy.errors import ConversionError
-from peft_deploy.signature import LORA_A, LORA_B, LORA_RANKS, joint_module
+from peft_deploy.signature import LORA_A, LORA_B, LORA_RANKS
 from peft_deploy.weights.source import DTYPES
 
-_WEIGHT, _BIAS = ".weight", ".bias"
 _ZEROS = "slots.zeros"  # in the file of weights: what every slot of a fixed rank holds at first
-
-# Packed linear layer → the layers in it, in the order of their columns; whether or not a graph has them packed.
-Groups = Mapping[str, Sequence[str]]
-NO_GROUPS: Groups = {}
-
-# Given the module names of all linear layers of a graph, those that get slots.
-Selection = Callable[[Sequence[str]], Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -136,171 +145,11 @@ class AddLoraSlotsPass(ir.passes.InPlacePass):
     def _defaults(self, shared: Sequence[SameInput], dtype: str) -> Default:
         """Empty tensors in the graph itself; or zeros, which all slots share and the file holds once."""
         if self._rank is None:
-            return _EmptyDefault(DTYPES[dtype])
+            return EmptyDefault(DTYPES[dtype])
         widths = [group.in_size * len(group.linears) for group in shared]
         widths += [linear.shape[1] for group in shared for linear in group.linears.values()]
         self._file.add(_ZEROS, np.zeros(max(widths, default=0) * self._rank, DTYPES[dtype]))
         return _ZeroDefault(self._file, DTYPES[dtype])
-
-
-@dataclass(frozen=True)
-class Linear:
-    """A linear layer of a graph.
-
-    Args:
-        input: is multiplied by the weight.
-        result: of the layer, a bias included.
-        shape: (in, out).
-        dtype: numpy's name of the weight's element type.
-    """
-
-    input: ir.Value
-    result: ir.Value
-    shape: tuple[int, int]
-    dtype: str
-
-
-def find_linears(graph: ir.Graph, groups: Groups = NO_GROUPS) -> dict[str, Linear]:
-    """The linear layers of a graph whose weights are bound, by module, in the order in which they are computed.
-
-    A layer is a MatMul by a weight ``MODULE.weight`` [in, out] that nothing else uses, with ``MODULE.bias`` added to
-    its result where there is one; or one of the results of a Split after such a layer that is packed.
-
-    Args:
-        graph: to look through.
-        groups: packed layer → the layers in it.
-    """
-    found: dict[str, Linear] = {}
-    for node in graph:
-        if node.op_type != "MatMul" or node.domain:
-            continue
-        read, weight = node.inputs
-        name = "" if weight is None else weight.name or ""
-        if weight is None or not name.endswith(_WEIGHT) or len(weight.uses()) != 1:
-            continue
-        tensor = graph.initializers[name].const_value if name in graph.initializers else None
-        if read is None or tensor is None or len(tensor.shape) != 2:
-            continue
-        module = name.removesuffix(_WEIGHT)
-        in_size, out_size = tensor.shape.numpy()
-        layer = Linear(
-            read, _with_bias(node.outputs[0], module), (in_size, out_size), _numpy_name(tensor)
-        )
-        found.update(_parts(layer, groups[module]) if module in groups else [(module, layer)])
-    return found
-
-
-def _parts(layer: Linear, modules: Sequence[str]) -> Iterator[tuple[str, Linear]]:
-    """The layers in a packed one."""
-    users = list(layer.result.uses())
-    split = users[0].node if len(users) == 1 else None
-    if split is None or split.op_type != "Split" or len(split.outputs) != len(modules):
-        return
-    sizes = split.inputs[1].const_value if split.inputs[1] is not None else None
-    assert sizes is not None  # written by PackLinearsPass
-    for module, result, size in zip(modules, split.outputs, sizes.numpy(), strict=True):
-        yield module, Linear(layer.input, result, (layer.shape[0], int(size)), layer.dtype)
-
-
-def choose_linears(
-    graph: ir.Graph, select: Selection, groups: Groups = NO_GROUPS
-) -> tuple[dict[str, Linear], str]:
-    """The linear layers that are to get slots, by module in the order in which they are computed, and their type.
-
-    Raises:
-        ConversionError: they are of several element types.
-    """
-    linears = find_linears(graph, groups)
-    wanted = set(select(list(linears)))
-    chosen = {module: linear for module, linear in linears.items() if module in wanted}
-    dtypes = {linear.dtype for linear in chosen.values()}
-    if len(dtypes) > 1:
-        raise ConversionError(
-            f"the layers that are to get slots are of several element types: {', '.join(sorted(dtypes))}"
-        )
-    return chosen, dtypes.pop() if dtypes else "float32"
-
-
-@dataclass(frozen=True)
-class SameInput:
-    """Linear layers that read the same input, or one alone; they share an A.
-
-    Args:
-        linears: by module, in the order of A's columns.
-    """
-
-    linears: Mapping[str, Linear]
-
-    @property
-    def name(self) -> str:
-        """What they are called together."""
-        return joint_module(list(self.linears))
-
-    @property
-    def input(self) -> ir.Value:
-        """What they read."""
-        return self._first.input
-
-    @property
-    def in_size(self) -> int:
-        """Its width."""
-        return self._first.shape[0]
-
-    @property
-    def result(self) -> ir.Value:
-        """Of the one that is computed first."""
-        return self._first.result
-
-    @property
-    def _first(self) -> Linear:
-        return next(iter(self.linears.values()))
-
-
-def by_input(chosen: Mapping[str, Linear], groups: Groups) -> list[SameInput]:
-    """Layers that get slots, those together that one group names and that read the same value.
-
-    Args:
-        chosen: in the order in which they are computed.
-        groups: packed layer → the layers in it.
-    """
-    packed = {part: module for module, parts in groups.items() for part in parts}
-    found: dict[Any, dict[str, Linear]] = {}
-    for module, linear in chosen.items():
-        parent = module.rpartition(".")[0]
-        key = (packed[module], parent, id(linear.input)) if module in packed else module
-        found.setdefault(key, {})[module] = linear
-    return [SameInput(linears) for linears in found.values()]
-
-
-def in_numbered_layers(modules: Sequence[str]) -> list[str]:
-    """The modules that belong to one of a model's layers, which are numbered; not the head, for instance."""
-    return [module for module in modules if any(part.isdigit() for part in module.split("."))]
-
-
-def _with_bias(product: ir.Value, module: str) -> ir.Value:
-    users = list(product.uses())
-    if len(users) != 1 or users[0].node.op_type != "Add" or product.is_graph_output():
-        return product
-    added = users[0].node
-    names = {value.name for value in added.inputs if value is not None}
-    return added.outputs[0] if f"{module}{_BIAS}" in names else product
-
-
-def _numpy_name(tensor: ir.TensorProtocol) -> str:
-    return str(tensor.dtype.numpy().name)
-
-
-# Of a slot's name and dimensions, what it holds without an adapter.
-Default = Callable[[str, tuple[int | str, ...]], ir.TensorProtocol]
-
-
-@dataclass(frozen=True)
-class _EmptyDefault:
-    dtype: np.dtype[Any]
-
-    def __call__(self, name: str, dims: tuple[int | str, ...]) -> ir.TensorProtocol:
-        sizes = [dim if isinstance(dim, int) else 0 for dim in dims]
-        return ir.tensor(np.zeros(sizes, self.dtype), name=name)
 
 
 @dataclass(frozen=True)
@@ -319,91 +168,3 @@ class _ZeroDefault:
             name=name,
             base_dir=self.file.path.parent,
         )
-
-
-def add_slot(
-    graph: ir.Graph, name: str, dims: tuple[int | str, ...], default: Default
-) -> ir.Value:
-    """A new input of the graph with a default, the last one so far."""
-    tensor = default(name, dims)
-    value = ir.Value(
-        name=name, shape=ir.Shape(dims), type=ir.TensorType(tensor.dtype), const_value=tensor
-    )
-    graph.inputs.append(value)
-    graph.register_initializer(value)
-    return value
-
-
-def add_ranks(graph: ir.Graph, group: SameInput) -> ir.Value:
-    """The slot that says how many columns of a joint A belong to which layer; none by default."""
-    dims = (len(group.linears),)
-    return add_slot(graph, group.name + LORA_RANKS, dims, _EmptyDefault(np.dtype(np.int64)))
-
-
-def split_product(
-    graph: ir.Graph, group: SameInput, product: ir.Value, sizes: ir.Value
-) -> list[ir.Value]:
-    """Each layer's part of what a joint A gives.
-
-    Args:
-        graph: with the layers.
-        group: the layers.
-        product: x · A.
-        sizes: how many columns are whose.
-    """
-    folder = f"{module_folder(group.name)}/lora_A"
-    split = ir.Node(
-        "",
-        "Split",
-        [product, sizes],
-        [ir.AttrInt64("axis", -1)],
-        num_outputs=len(group.linears),
-        name=f"{folder}/Split",
-    )
-    for i, value in enumerate(split.outputs):
-        value.name = f"{split.name}_output_{i}"
-    begin_branches(graph, group, [split])
-    return list(split.outputs)
-
-
-def begin_branches(graph: ir.Graph, group: SameInput, nodes: Sequence[ir.Node]) -> None:
-    """Inserts what all branches of some layers begin with, in front of the first of them."""
-    producer = group.result.producer()
-    assert producer is not None  # a layer's result is computed
-    graph.insert_before(producer, nodes)
-
-
-def add_branch(graph: ir.Graph, linear: Linear, branch: Sequence[ir.Node], folder: str) -> None:
-    """Adds what the last node of a branch gives to a layer's result, wherever that is used.
-
-    Args:
-        graph: with the layer.
-        linear: the layer.
-        branch: new nodes in order.
-        folder: begins the name of the node that adds.
-    """
-    users = list(linear.result.uses())
-    total = slot_node("Add", [linear.result, branch[-1].outputs[0]], f"{folder}/lora")
-    producer = linear.result.producer()
-    assert producer is not None  # a layer's result is computed
-    graph.insert_after(producer, [*branch, total])
-    for user in users:
-        user.node.replace_input_with(user.idx, total.outputs[0])
-    _take_over_output(graph, linear.result, total.outputs[0])
-
-
-def _take_over_output(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
-    """A layer whose result leaves the graph, such as the head: the name goes over to the sum."""
-    for index, value in enumerate(graph.outputs):
-        if value is old:
-            name = old.name
-            old.name, new.name = f"{name}.base", name
-            new.shape, new.type = old.shape, old.type
-            graph.outputs[index] = new
-
-
-def slot_node(operator: str, inputs: Sequence[ir.Value | None], folder: str) -> ir.Node:
-    """A new node ``FOLDER/OPERATOR`` with one result."""
-    node = ir.Node("", operator, inputs, num_outputs=1, name=f"{folder}/{operator}")
-    node.outputs[0].name = f"{node.name}_output_0"
-    return node

@@ -20,7 +20,8 @@ from peft_deploy.convert import (
 )
 from peft_deploy.convert.adapter_bank import AddAdapterBankPass
 from peft_deploy.convert.last_logits import LastLogitsPass
-from peft_deploy.convert.lora_slots import AddLoraSlotsPass, Selection
+from peft_deploy.convert.linears import Selection
+from peft_deploy.convert.lora_slots import AddLoraSlotsPass
 from peft_deploy.convert.opset import CONTRIB
 from peft_deploy.convert.pack_linears import PackLinearsPass
 from peft_deploy.convert.packed_names import graph_modules, graph_parameters

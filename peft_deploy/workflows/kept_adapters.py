@@ -23,7 +23,7 @@ from peft_deploy.weights.source import Array
 from peft_deploy.workflows.sources import EXPORT_DTYPE, ExportSource, NamedAdapter
 
 if TYPE_CHECKING:
-    from peft_deploy.convert.lora_slots import Selection
+    from peft_deploy.convert.linears import Selection
 
 _MERGE = "export it merged: peft-deploy export --merge"
 
@@ -122,7 +122,7 @@ def _require_linears(named: NamedAdapter, modules: Sequence[str], linears: Seque
 
 
 def _others(slots: str, linears: Sequence[str]) -> list[str]:
-    from peft_deploy.convert.lora_slots import in_numbered_layers
+    from peft_deploy.convert.linears import in_numbered_layers
 
     if not slots:
         return []

@@ -12,7 +12,8 @@ from onnx import helper
 from small_graphs import build_graph, random_weights
 
 from peft_deploy.convert.adapter_bank import AddAdapterBankPass
-from peft_deploy.convert.lora_slots import AddLoraSlotsPass, Groups, find_linears
+from peft_deploy.convert.linears import Groups, find_linears
+from peft_deploy.convert.lora_slots import AddLoraSlotsPass
 from peft_deploy.convert.postflight import check_graph
 from peft_deploy.convert.weight_file import WeightFile
 from peft_deploy.signature import GraphSignature, TensorSpec

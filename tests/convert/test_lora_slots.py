@@ -13,7 +13,8 @@ import pytest
 from onnx import helper
 from small_graphs import build_graph, random_weights
 
-from peft_deploy.convert.lora_slots import AddLoraSlotsPass, LoraSlots, find_linears
+from peft_deploy.convert.linears import find_linears
+from peft_deploy.convert.lora_slots import AddLoraSlotsPass, LoraSlots
 from peft_deploy.convert.postflight import check_graph
 from peft_deploy.convert.weight_file import WeightFile
 from peft_deploy.errors import ConversionError

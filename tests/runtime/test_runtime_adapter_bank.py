@@ -17,7 +17,7 @@ from tiny_slots import VERSION, Arrays, everywhere, make_adapter, merged
 from peft_deploy.adapters.formats.onnx_file import write_onnx_adapter
 from peft_deploy.cli import cli
 from peft_deploy.cli.generate import generate_command
-from peft_deploy.convert.lora_slots import NO_GROUPS
+from peft_deploy.convert.linears import NO_GROUPS
 from peft_deploy.errors import AdapterError, BundleError, ConfigError, ExecutionError
 from peft_deploy.runtime import GenerationOptions, GenerationRun, OnnxRunner, Session, load_bundle
 from peft_deploy.signature import ADAPTER_IDS

@@ -14,7 +14,8 @@ import onnx_ir as ir
 from peft_deploy.adapters.formats.onnx_file import model_version, write_onnx_adapter
 from peft_deploy.bundle.manifest import MANIFEST, Manifest
 from peft_deploy.convert.adapter_bank import AddAdapterBankPass
-from peft_deploy.convert.lora_slots import NO_GROUPS, AddLoraSlotsPass, Groups
+from peft_deploy.convert.linears import NO_GROUPS, Groups
+from peft_deploy.convert.lora_slots import AddLoraSlotsPass
 from peft_deploy.convert.weight_file import WeightFile
 
 FINGERPRINT = "5eed" * 16
