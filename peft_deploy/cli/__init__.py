@@ -8,10 +8,11 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
-import signal
 import sys
 
 import click
+
+from peft_deploy.cli._interrupts import Interrupts
 
 __all__ = ["cli", "main"]
 
@@ -79,14 +80,9 @@ def cli() -> None:
 
 def main() -> None:
     """Entry point of the ``peft-deploy`` script."""
-    received: list[int] = [signal.SIGINT]
-
-    def stop(number: int, _frame: object) -> None:
-        # As Ctrl-C does: so that what was begun is put away and the converter's process ended.
-        received[:] = [number]
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, stop)
+    # Exceptions, so that what was begun is put away and the converter's process ended.
+    interrupts = Interrupts()
+    interrupts.install()
     try:
         status = cli.main(prog_name="peft-deploy", standalone_mode=False)
         sys.exit(status if isinstance(status, int) else 0)
@@ -100,4 +96,4 @@ def main() -> None:
             sys.stderr.flush()
         # Not sys.exit: where the interrupt met generated code, a dataclass being made, Python remembers it and ends
         # a `python -m` by SIGINT, whatever the status is to be. All that was begun is put away by now.
-        os._exit(_SIGNALLED + received[0])
+        os._exit(_SIGNALLED + interrupts.number)

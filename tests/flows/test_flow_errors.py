@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -281,19 +282,56 @@ def test_a_bundle_that_fails_the_check_is_not_left_in_place(
     assert (tmp_path / "out" / "model.onnx").exists()
 
 
-def test_an_interrupt_in_generated_code_has_the_same_status(tmp_path: Path) -> None:
-    """Dataclasses, of which every import makes some, are such code."""
-    (tmp_path / "interrupted.py").write_text(
+def interrupted(body: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """What becomes of a command that runs this code in place of its own."""
+    (folder / "interrupted.py").write_text(
+        "import signal, sys, time, weakref\n"
         "from peft_deploy.cli import cli, main\n"
-        "cli.main = lambda **_: exec('raise KeyboardInterrupt')\n"
+        f"def run(**_):\n{textwrap.indent(body, '    ')}\n"
+        "cli.main = run\n"
         "main()\n"
     )
     command = [sys.executable, "-m", "interrupted"]
-    path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
+    path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PYTHONPATH": path}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    return subprocess.run(
+        command, capture_output=True, text=True, env=environment, check=False, timeout=60
+    )
+
+
+def test_an_interrupt_in_generated_code_has_the_same_status(tmp_path: Path) -> None:
+    """Dataclasses, of which every import makes some, are such code."""
+    done = interrupted("exec('raise KeyboardInterrupt')", tmp_path)
     assert done.returncode == 128 + signal.SIGINT, done.stderr
     assert "interrupted" in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_in_a_callback_is_not_lost(number: int, tmp_path: Path) -> None:
+    """What the callback of a weak reference raises Python prints, and goes on."""
+    body = f"""\
+class Thing: pass
+thing = Thing()
+reference = weakref.ref(thing, lambda _: signal.raise_signal({int(number)}))
+del thing
+time.sleep(0.5)
+print("went on")
+"""
+    done = interrupted(body, tmp_path)
+    assert (done.returncode, done.stdout) == (128 + number, ""), done.stderr
+    assert done.stderr.strip() == "interrupted; nothing was left half-written"
+
+
+def test_the_import_system_is_not_interrupted(tmp_path: Path) -> None:
+    """Its locks would be held for ever."""
+    body = f"""\
+code = "signal.raise_signal({int(signal.SIGTERM)}); print('unlocked', flush=True)"
+exec(compile(code, "<frozen importlib._bootstrap>", "exec"))
+time.sleep(0.5)
+print("went on")
+"""
+    done = interrupted(body, tmp_path)
+    assert (done.returncode, done.stdout) == (128 + signal.SIGTERM, "unlocked\n"), done.stderr
 
 
 @pytest.mark.convert
