@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -16,6 +17,44 @@ from typing import TypeVar
 from peft_deploy.errors import OutputError
 
 Self = TypeVar("Self", bound="AtomicFolder")
+
+
+# Temporary folders from before they are there: an interrupt may come before whoever made one can remove it again.
+_unfinished: set[Path] = set()
+
+
+def make_temporary(parent: Path, prefix: str, mode: int = 0o700) -> Path:
+    """A new folder, which :func:`remove_temporary` removes.
+
+    Args:
+        parent: to make it in.
+        prefix: of its name.
+        mode: its permissions.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    path = parent / f"{prefix}{secrets.token_hex(8)}"
+    _unfinished.add(path)
+    try:
+        path.mkdir()
+        path.chmod(mode)
+    except OSError:
+        _unfinished.discard(path)
+        raise
+    return path
+
+
+def remove_temporary(path: Path) -> None:
+    """Removes what :func:`make_temporary` made, unless it has moved."""
+    shutil.rmtree(path, ignore_errors=True)
+    _unfinished.discard(path)
+
+
+def remove_unfinished() -> None:
+    """Removes every temporary folder of this process, before it ends in a hurry."""
+    for path in list(_unfinished):
+        remove_temporary(path)
 
 
 @dataclass(frozen=True)
@@ -56,8 +95,7 @@ class AtomicFolder:
         check_output(output, kind, force=force)
         with disk_errors(output):
             output.parent.mkdir(parents=True, exist_ok=True)
-            self.path = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-            self.path.chmod(0o755)
+            self.path = make_temporary(output.parent, f".{output.name}.", 0o755)
 
     def __enter__(self: Self) -> Self:
         return self
@@ -68,7 +106,7 @@ class AtomicFolder:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
+        remove_temporary(self.path)
 
     def require_space(self, size: int) -> None:
         """Fails when the disk has not ``size`` bytes left, before any of them is written.

@@ -12,6 +12,7 @@ import sys
 
 import click
 
+from peft_deploy.atomic_folder import remove_unfinished
 from peft_deploy.cli._interrupts import Interrupts
 
 __all__ = ["cli", "main"]
@@ -90,6 +91,7 @@ def main() -> None:
         exc.show()
         sys.exit(exc.exit_code)
     except (click.Abort, KeyboardInterrupt):
+        remove_unfinished()
         click.echo("interrupted; nothing was left half-written", err=True)
         with contextlib.suppress(OSError):  # whoever read it is gone
             sys.stdout.flush()

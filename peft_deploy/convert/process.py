@@ -6,7 +6,6 @@ import contextlib
 import importlib
 import json
 import os
-import shutil
 import signal
 import site
 import subprocess
@@ -19,6 +18,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import peft_deploy.errors
+from peft_deploy.atomic_folder import make_temporary, remove_temporary
 from peft_deploy.config.export import ONNX, PADDLE
 from peft_deploy.convert.graph_cache import GraphCache
 from peft_deploy.convert.worker import (
@@ -58,7 +58,7 @@ def started_early() -> Iterator[None]:
     except MissingExtraError:  # the job says so, where its graph is not kept from before
         yield
         return
-    child = _Child(Path(tempfile.mkdtemp(prefix="peft-deploy-")), waits=True)
+    child = _Child(_new_folder(), waits=True)
     _early.append(child)
     try:
         yield
@@ -66,7 +66,11 @@ def started_early() -> Iterator[None]:
         if child in _early:
             _early.remove(child)
             child.end()
-            shutil.rmtree(child.folder, ignore_errors=True)
+            remove_temporary(child.folder)
+
+
+def _new_folder() -> Path:
+    return make_temporary(Path(tempfile.gettempdir()), "peft-deploy-")
 
 
 class _Child:
@@ -164,7 +168,7 @@ class ConversionJob:
         # A program that was traced elsewhere can be of anything.
         self._cache = GraphCache(request) if traced is None else None
         early = _early.pop() if _early and traced is None else None
-        self._folder = early.folder if early else Path(tempfile.mkdtemp(prefix="peft-deploy-"))
+        self._folder = early.folder if early else _new_folder()
         try:
             if self._cache is None or not self._cache.take(self._folder):
                 self._begin(request, traced, early)
@@ -173,7 +177,7 @@ class ConversionJob:
         except BaseException:
             if early is not None:
                 early.end()
-            shutil.rmtree(self._folder, ignore_errors=True)
+            remove_temporary(self._folder)
             raise
 
     def _begin(
@@ -207,7 +211,7 @@ class ConversionJob:
     ) -> None:
         if self._child is not None:
             self._child.end()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        remove_temporary(self._folder)
 
     def wait_for_imports(self) -> None:
         """Waits until nothing is imported in another thread any more: what two threads import at once, they may see

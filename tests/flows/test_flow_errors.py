@@ -322,6 +322,21 @@ print("went on")
     assert done.stderr.strip() == "interrupted; nothing was left half-written"
 
 
+def test_an_interrupt_before_a_folder_is_entered_leaves_nothing(tmp_path: Path) -> None:
+    """As ``with`` begins, between two instructions."""
+    output = tmp_path / "here" / "out"
+    body = f"""\
+from pathlib import Path
+from peft_deploy.atomic_folder import AtomicFolder, FolderKind
+folder = AtomicFolder(Path({str(output)!r}), FolderKind("bundle", "mark"))
+(folder.path / "file").write_text("half")
+raise KeyboardInterrupt
+"""
+    done = interrupted(body, tmp_path)
+    assert done.returncode == 128 + signal.SIGINT, done.stderr
+    assert list(output.parent.iterdir()) == []
+
+
 def test_the_import_system_is_not_interrupted(tmp_path: Path) -> None:
     """Its locks would be held for ever."""
     body = f"""\
