@@ -25,13 +25,13 @@ from peft_deploy.convert.linears import (
     choose_linears,
 )
 from peft_deploy.convert.lora_slots import LoraSlots
+from peft_deploy.convert.nodes import new_node
 from peft_deploy.convert.passes.node_names import module_folder
 from peft_deploy.convert.slot_branches import (
     add_branch,
     add_ranks,
     add_slot,
     begin_branches,
-    slot_node,
     split_product,
 )
 from peft_deploy.convert.traced_weights import weights_as_traced
@@ -138,13 +138,13 @@ def _project_down(
 
 def _multiplied(x: ir.Value, slot: ir.Value, ids: ir.Value, folder: str) -> list[ir.Node]:
     """The nodes of x · slot[ids]."""
-    own = slot_node("Gather", [slot, ids], folder)
-    return [own, slot_node("MatMul", [x, own.outputs[0]], folder)]
+    own = new_node("Gather", [slot, ids], folder)
+    return [own, new_node("MatMul", [x, own.outputs[0]], folder)]
 
 
 def _along_rows(graph: ir.Graph, operator: str, x: ir.Value, folder: str) -> ir.Node:
     """A node that adds the axis behind the batch, or takes it away."""
-    return slot_node(operator, [x, _row_axis(graph)], f"{folder}/lora")
+    return new_node(operator, [x, _row_axis(graph)], f"{folder}/lora")
 
 
 def _row_axis(graph: ir.Graph) -> ir.Value:

@@ -14,11 +14,12 @@ import json
 import os
 import platform
 import shutil
-import tempfile
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from peft_deploy.atomic_folder import make_temporary, remove_temporary
 
 CACHE_VARIABLE = "PEFT_DEPLOY_CACHE"
 HASHES_FILE = "hashes.json"
@@ -85,7 +86,7 @@ class GraphCache:
             return
         with contextlib.suppress(OSError):
             self._entry.parent.mkdir(parents=True, exist_ok=True)
-            made = Path(tempfile.mkdtemp(prefix=".new-", dir=self._entry.parent))
+            made = make_temporary(self._entry.parent, ".new-")
             try:
                 for path in (p for p in folder.rglob("*") if p.name in files):
                     target = made / path.relative_to(folder)
@@ -95,7 +96,7 @@ class GraphCache:
                 shutil.rmtree(self._entry, ignore_errors=True)  # it was not whole
                 made.rename(self._entry)
             finally:
-                shutil.rmtree(made, ignore_errors=True)
+                remove_temporary(made)
             _forget_oldest(self._entry.parent)
 
 

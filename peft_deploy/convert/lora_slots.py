@@ -25,7 +25,7 @@ from peft_deploy.convert.linears import (
     by_input,
     choose_linears,
 )
-from peft_deploy.convert.pack_linears import split_sizes
+from peft_deploy.convert.nodes import new_node, split_sizes
 from peft_deploy.convert.passes.node_names import module_folder
 from peft_deploy.convert.slot_branches import (
     Default,
@@ -34,7 +34,6 @@ from peft_deploy.convert.slot_branches import (
     add_ranks,
     add_slot,
     begin_branches,
-    slot_node,
     split_product,
 )
 from peft_deploy.convert.weight_file import WeightFile
@@ -121,7 +120,7 @@ class AddLoraSlotsPass(ir.passes.InPlacePass):
             width = f"{group.name}.rank" if rank is None else rank * len(group.linears)
             A = add_slot(graph, group.name + LORA_A, (group.in_size, width), default)
             names.append(group.name + LORA_A)
-            product = slot_node("MatMul", [group.input, A], f"{module_folder(group.name)}/lora_A")
+            product = new_node("MatMul", [group.input, A], f"{module_folder(group.name)}/lora_A")
             begin_branches(graph, group, [product])
             parts = [product.outputs[0]]
             if len(group.linears) > 1:
@@ -137,7 +136,7 @@ class AddLoraSlotsPass(ir.passes.InPlacePass):
                 names.append(module + LORA_B)
                 folder = module_folder(module)
                 add_branch(
-                    graph, linear, [slot_node("MatMul", [part, B], f"{folder}/lora_B")], folder
+                    graph, linear, [new_node("MatMul", [part, B], f"{folder}/lora_B")], folder
                 )
         self.added = LoraSlots(tuple(chosen), tuple(names), self._rank, dtype)
         return ir.passes.PassResult(model, modified=bool(chosen))

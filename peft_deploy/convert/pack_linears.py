@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import onnx_ir as ir
 
 from peft_deploy.convert.graph import ConvertedGraph
+from peft_deploy.convert.nodes import new_node, new_split, split_sizes
 from peft_deploy.errors import ConversionError
 from peft_deploy.families import PackedLinear
 from peft_deploy.families.packing import BIAS, WEIGHT
@@ -64,18 +64,12 @@ class PackLinearsPass(ir.passes.InPlacePass):
         self, graph: ir.Graph, group: PackedLinear, layers: Sequence[_Layer], first: ir.Node
     ) -> None:
         folder = f"{str(first.name).rsplit('/', 2)[0]}/{group.module.rpartition('.')[2]}"
-        nodes = [_node("MatMul", [first.inputs[0], self._weight(group, WEIGHT)], folder)]
+        nodes = [new_node("MatMul", [first.inputs[0], self._weight(group, WEIGHT)], folder)]
         if group.biased:
-            nodes.append(_node("Add", [nodes[0].outputs[0], self._weight(group, BIAS)], folder))
+            nodes.append(new_node("Add", [nodes[0].outputs[0], self._weight(group, BIAS)], folder))
         sizes = [self._shapes[part + WEIGHT][-1] for part in group.parts]
-        split = ir.Node(
-            "",
-            "Split",
-            [nodes[-1].outputs[0], split_sizes(graph, sizes)],
-            [ir.AttrInt64("axis", -1)],
-            num_outputs=len(sizes),
-            name=f"{folder}/Split",
-        )
+        packed = nodes[-1].outputs[0]
+        split = new_split(packed, split_sizes(graph, sizes), len(sizes), folder)
         graph.insert_before(first, [*nodes, split])
         for layer, part in zip(layers, split.outputs, strict=True):
             part.name, part.shape, part.type = (
@@ -90,15 +84,6 @@ class PackLinearsPass(ir.passes.InPlacePass):
         name = group.module + kind
         self._parameters[name] = name
         return ir.Value(name=name)
-
-
-def split_sizes(graph: ir.Graph, sizes: Sequence[int]) -> ir.Value:
-    """The constant that tells Split where to cut; one for all places that need the same."""
-    name = f"sizes.{'.'.join(map(str, sizes))}"
-    if name not in graph.initializers:
-        tensor = ir.tensor(np.array(sizes, np.int64), name=name)
-        graph.register_initializer(ir.val(name, const_value=tensor))
-    return graph.initializers[name]
 
 
 @dataclass(frozen=True)
@@ -172,9 +157,3 @@ def _require_one_input(group: PackedLinear, layers: Sequence[_Layer]) -> None:
             f"layers that were to be packed do not read the same input: {read}",
             hint="--fuse none packs nothing",
         )
-
-
-def _node(operator: str, inputs: Sequence[ir.Value | None], folder: str) -> ir.Node:
-    node = ir.Node("", operator, inputs, num_outputs=1, name=f"{folder}/{operator}")
-    node.outputs[0].name = f"{node.name}_output_0"
-    return node

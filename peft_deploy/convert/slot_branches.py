@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from peft_deploy.convert.linears import Linear, SameInput
+from peft_deploy.convert.nodes import new_node, new_split
 from peft_deploy.convert.passes.node_names import module_folder
 from peft_deploy.signature import LORA_RANKS
 
@@ -60,16 +61,7 @@ def split_product(
         sizes: how many columns are whose.
     """
     folder = f"{module_folder(group.name)}/lora_A"
-    split = ir.Node(
-        "",
-        "Split",
-        [product, sizes],
-        [ir.AttrInt64("axis", -1)],
-        num_outputs=len(group.linears),
-        name=f"{folder}/Split",
-    )
-    for i, value in enumerate(split.outputs):
-        value.name = f"{split.name}_output_{i}"
+    split = new_split(product, sizes, len(group.linears), folder)
     begin_branches(graph, group, [split])
     return list(split.outputs)
 
@@ -91,7 +83,7 @@ def add_branch(graph: ir.Graph, linear: Linear, branch: Sequence[ir.Node], folde
         folder: begins the name of the node that adds.
     """
     users = list(linear.result.uses())
-    total = slot_node("Add", [linear.result, branch[-1].outputs[0]], f"{folder}/lora")
+    total = new_node("Add", [linear.result, branch[-1].outputs[0]], f"{folder}/lora")
     producer = linear.result.producer()
     assert producer is not None  # a layer's result is computed
     graph.insert_after(producer, [*branch, total])
@@ -108,10 +100,3 @@ def _take_over_output(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
             old.name, new.name = f"{name}.base", name
             new.shape, new.type = old.shape, old.type
             graph.outputs[index] = new
-
-
-def slot_node(operator: str, inputs: Sequence[ir.Value | None], folder: str) -> ir.Node:
-    """A new node ``FOLDER/OPERATOR`` with one result."""
-    node = ir.Node("", operator, inputs, num_outputs=1, name=f"{folder}/{operator}")
-    node.outputs[0].name = f"{node.name}_output_0"
-    return node

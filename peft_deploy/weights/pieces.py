@@ -172,8 +172,7 @@ _one_blas_thread = _OneBlasThread()
 
 @functools.cache
 def _numpys_blas() -> ThreadpoolController:
-    with (
-        warnings.catch_warnings()
-    ):  # of other libraries in the process that do not get on with each other
+    with warnings.catch_warnings():
+        # Of other libraries in the process that do not get on with each other.
         warnings.simplefilter("ignore")
         return ThreadpoolController().select(internal_api="openblas")

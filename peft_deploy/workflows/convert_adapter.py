@@ -139,12 +139,10 @@ def convert_adapter(
     source, output = Path(source).expanduser(), Path(output).expanduser()
     wanted = AdapterFormat(to)
     format, method = detect(source)
-    if format is wanted and (wanted is not AdapterFormat.ONNX or bundle is None):
-        hint = "--for BUNDLE fits it to the slots of that bundle's graph"
-        raise AdapterError(
-            f"{source} is in the format {to} already",
-            hint=hint if wanted is AdapterFormat.ONNX else None,
-        )
+    fits = wanted is AdapterFormat.ONNX  # to one graph or another
+    if format is wanted and not (fits and bundle is not None):
+        hint = "--for BUNDLE fits it to the slots of that bundle's graph" if fits else None
+        raise AdapterError(f"{source} is in the format {to} already", hint=hint)
     _check_output(source, output, wanted, method, force=force)
     target = find_target(base, bundle)
     result = ConvertedAdapter(output, source, format.value, to, method.value, "")

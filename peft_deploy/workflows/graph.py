@@ -98,9 +98,9 @@ def finish_graph(
     facts: dict[str, Any] = {"removed": removed, **fused}
     if packed:
         facts["packed"] = graph_modules(packed, names)
-    groups = graph_modules(same_input, names)
     slots: list[str] = []
     if lora_slots is not None:
+        groups = graph_modules(same_input, names)
         adding = (
             AddLoraSlotsPass(lora_slots, file, slot_rank, groups)
             if adapter_bank is None

@@ -71,6 +71,7 @@ NEED_ONNX_IR = (
     "peft_deploy.convert.fusions.heads",
     "peft_deploy.convert.fusions.shapes",
     "peft_deploy.convert.graph",
+    "peft_deploy.convert.nodes",
     "peft_deploy.convert.opset",
     "peft_deploy.convert.last_logits",
     "peft_deploy.convert.linears",

@@ -32,8 +32,8 @@ def separate(tensors: Mapping[str, Array], where: str) -> dict[str, Array]:
     result = {}
     for name, array in tensors.items():
         if name.endswith(LORA_RANKS):
-            joint = name.removesuffix(LORA_RANKS)
-            if joint + LORA_A not in tensors or len(modules_of(joint)) == 1:
+            joint_A = name.removesuffix(LORA_RANKS) + LORA_A
+            if joint_A not in tensors or not _sharing(joint_A):
                 raise AdapterError(f"{where}: {name} has no lora_A of several layers beside it")
             continue
         for own, part in _parts(tensors, name, array, where):
@@ -43,16 +43,21 @@ def separate(tensors: Mapping[str, Array], where: str) -> dict[str, Array]:
     return result
 
 
+def _sharing(slot: str) -> list[str]:
+    """The modules whose As stand side by side in a slot; none for any other kind of slot."""
+    modules = modules_of(slot.removesuffix(LORA_A))
+    return modules if slot.endswith(LORA_A) and len(modules) > 1 else []
+
+
 def _parts(
     tensors: Mapping[str, Array], name: str, array: Array, where: str
 ) -> Iterator[tuple[str, Array]]:
     """What a tensor consists of: a joint A of each module's, anything else of itself."""
-    joint = name.removesuffix(LORA_A)
-    modules = modules_of(joint)
-    if not name.endswith(LORA_A) or len(modules) == 1:
+    modules = _sharing(name)
+    if not modules:
         yield name, array
         return
-    cuts = np.cumsum(_ranks(tensors, joint, len(modules), where))[:-1]
+    cuts = np.cumsum(_ranks(tensors, name.removesuffix(LORA_A), len(modules), where))[:-1]
     for module, A in zip(modules, np.split(array, cuts, axis=1), strict=True):
         if module + LORA_B in tensors or A.any():
             yield module + LORA_A, A
@@ -85,21 +90,18 @@ def join(tensors: Mapping[str, Array], slots: Collection[str], where: str) -> di
     """
     result = dict(tensors)
     for slot in slots:
-        joint = slot.removesuffix(LORA_A)
-        modules = modules_of(joint)
-        if not slot.endswith(LORA_A) or len(modules) == 1:
-            continue
-        own = [result.pop(module + LORA_A, None) for module in modules]
+        own = [result.pop(module + LORA_A, None) for module in _sharing(slot)]
         given = [A for A in own if A is not None]
         if not given:
             continue
-        even = joint + LORA_RANKS not in slots
+        ranks = slot.removesuffix(LORA_A) + LORA_RANKS
+        even = ranks not in slots
         _require_alike(given, slot, where, even=even)
         empty = np.zeros((given[0].shape[0], given[0].shape[1] if even else 0), given[0].dtype)
         columns = [empty if A is None else A for A in own]
         result[slot] = np.concatenate(columns, axis=1)
         if not even:
-            result[joint + LORA_RANKS] = np.array([A.shape[1] for A in columns], np.int64)
+            result[ranks] = np.array([A.shape[1] for A in columns], np.int64)
     return result
 
 
